@@ -1,0 +1,74 @@
+"""How good a model is: top-1, per class, and by class group, all from one confusion matrix."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.partition import rank_thirds, shot_groups
+
+EVAL_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Accuracies in [0, 1].
+
+    Attributes:
+        top1: share of all test images named correctly.
+        per_class: the same for each class; None where the test set has no image of it.
+        groups: mean of `per_class` over each class group; None where the group is empty.
+    """
+
+    top1: float
+    per_class: list[float | None]
+    groups: dict[str, float | None]
+
+    def as_dict(self) -> dict:
+        """A plain dictionary, ready for JSON."""
+        return asdict(self)
+
+
+def class_groups(train_counts: np.ndarray) -> dict[str, list[int]]:
+    """All the groups we report, from the training images a class: Many, Medium, Few, and head, middle, tail thirds."""
+    return {**shot_groups(train_counts), **rank_thirds(train_counts)}
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Batches, indices: torch.Tensor | None = None) -> torch.Tensor:
+    """The most likely class of each image, int64 (B,); of all images, or those at `indices`.
+
+    Puts the model in evaluation mode (BatchNorm uses its running statistics) and leaves it there.
+    """
+    model.eval()
+    wanted = torch.arange(len(batches), device=batches.labels.device) if indices is None else indices
+    return torch.cat([model(batches.plain(part)).argmax(1) for part in wanted.split(EVAL_BATCH)])
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (C, C): row = true class, column = predicted class."""
+    flat = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
+
+
+def metrics_from_confusion(confusion: np.ndarray, groups: dict[str, list[int]]) -> Metrics:
+    """Accuracies from a confusion matrix (C, C) and lists of classes.
+
+    Raises:
+        ValueError: the matrix counts no image.
+    """
+    total = confusion.sum()
+    if total == 0:
+        raise ValueError("no test image: the confusion matrix is empty")
+    seen = confusion.sum(1)
+    per_class = [float(confusion[c, c] / n) if n else None for c, n in enumerate(seen)]
+    return Metrics(float(np.trace(confusion) / total), per_class, {g: _mean(per_class, of) for g, of in groups.items()})
+
+
+def _mean(per_class: list[float | None], classes: list[int]) -> float | None:
+    values = [per_class[c] for c in classes if per_class[c] is not None]
+    return float(np.mean(values)) if values else None

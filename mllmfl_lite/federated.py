@@ -1,0 +1,452 @@
+"""Federated rounds: local training, the weighted mean, and the loop around them.
+
+    result = run_federated(model, train, split, test, FedAvg(), FedSettings(rounds=20))
+
+A method (`FedAvg`, `FedProx`, `FedAvgM`) is what a client minimises and what the server does with the mean of the
+clients' weights. Everything else is shared: the same clients are drawn and the same batches shown to every method.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.data import ImageSet
+from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
+from mllmfl_lite.models import CompactModel
+from mllmfl_lite.partition import Split, check_split
+from mllmfl_lite.repro import numpy_generator, progress_bar, torch_generator
+
+State = dict[str, Tensor]
+EVAL_PART = 1000  # images a worker tests at a time
+
+
+class ClientDiverged(RuntimeError):  # noqa: N818 (an event of training, not a fault of the program)
+    """A client's loss or weights are no longer finite. Its round is not aggregated.
+
+    Attributes:
+        client: the client's number.
+        round: the round, counted from 1.
+    """
+
+    def __init__(self, client: int, round: int):
+        super().__init__(
+            f"client {client} diverged in round {round}: its loss or weights are no longer finite. The round was not "
+            "aggregated and the checkpoint before it is good; lower the learning rate, or look at this client's images"
+        )
+        self.client, self.round = client, round
+
+
+@dataclass(frozen=True)
+class FedSettings:
+    """The numbers of a federated run. Defaults are the benchmarks' protocol at full scale.
+
+    Attributes:
+        rounds: T, communication rounds.
+        clients_per_round: clients drawn each round, without replacement.
+        local_epochs: E, passes over its images that a drawn client makes.
+        batch_size: images a step.
+        lr: step size of the clients' SGD (no momentum, no weight decay, no schedule, a fresh optimiser each round).
+        eval_every: test every so many rounds; the last `report_rounds` are always tested.
+        report_rounds: the figure a run reports is its mean over this many last rounds.
+        seed: decides which clients are drawn, and their batches and augmentations.
+    """
+
+    rounds: int = 200
+    clients_per_round: int = 8
+    local_epochs: int = 10
+    batch_size: int = 32
+    lr: float = 0.1
+    eval_every: int = 1
+    report_rounds: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients_per_round", "local_epochs", "batch_size", "eval_every", "report_rounds"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite; got {self.lr}")
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether round `round_`, counted from 1, ends with a test."""
+        return round_ % self.eval_every == 0 or round_ > self.rounds - self.report_rounds
+
+
+# ---------------------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Federated averaging (McMahan et al., 2017): clients minimise cross-entropy, the server takes the mean."""
+
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, anchor: State) -> Tensor:
+        """What a client minimises on a batch: images (B, 3, H, W), labels (B,), the weights it started from."""
+        return cross_entropy(model(x), y)
+
+    def init_memory(self, parameters: State) -> State:
+        """What the server keeps from round to round beside the weights; nothing here."""
+        return {}
+
+    def server_update(self, state: State, mean: State, memory: State) -> tuple[State, State]:
+        """The new global state and memory, from the old state and the clients' weighted mean."""
+        return mean, memory
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedProx (Li et al., 2020): the client's loss gains ``mu / 2 * ||w - w_global||^2`` over its parameters."""
+
+    mu: float = 0.01
+
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, anchor: State) -> Tensor:
+        """Cross-entropy plus the proximal term."""
+        distance = sum((p - anchor[name]).square().sum() for name, p in model.named_parameters())
+        return super().local_loss(model, x, y, anchor) + self.mu / 2 * distance
+
+
+@dataclass(frozen=True)
+class FedAvgM(FedAvg):
+    """FedAvg with server momentum (Hsu et al., 2019): ``v <- momentum * v + (w - mean)``, ``w <- w - server_lr * v``.
+
+    BatchNorm statistics are no parameters: they take the clients' mean, since momentum could drive a variance
+    below zero.
+    """
+
+    momentum: float = 0.9
+    server_lr: float = 1.0
+
+    def init_memory(self, parameters: State) -> State:
+        """The velocity, zero for each parameter."""
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def server_update(self, state: State, mean: State, memory: State) -> tuple[State, State]:
+        """One step of momentum against the pseudo-gradient ``state - mean``."""
+        velocity = {name: self.momentum * v + (state[name] - mean[name]) for name, v in memory.items()}
+        return {**mean, **{name: state[name] - self.server_lr * v for name, v in velocity.items()}}, velocity
+
+
+METHODS = {"fedavg": FedAvg, "fedprox": FedProx, "fedavgm": FedAvgM}
+
+# ---------------------------------------------------------------------------------------------------- the two halves
+
+
+def train_client(
+    model: CompactModel,
+    batches: Batches,
+    own: Tensor,
+    method: FedAvg,
+    settings: FedSettings,
+    anchor: State,
+    round_: int,
+    client: int,
+) -> float:
+    """Local training, in place: E epochs of plain SGD on one client's images, from `anchor`.
+
+    Every random draw is a function of (seed, round, client, epoch), so who computes it, and when, changes nothing.
+
+    Args:
+        model: any model of the right shape; it is overwritten with `anchor`, then trained.
+        batches: all training images.
+        own: the client's indices into `batches`, int64, shape (n_k,).
+        method: supplies the loss.
+        settings: E, batch size and step size.
+        anchor: the global state the round starts from; not changed.
+        round_: counted from 1.
+        client: the client's number.
+
+    Returns:
+        The mean loss over all its steps' images.
+
+    Raises:
+        ClientDiverged: the loss or a weight is no longer finite.
+    """
+    model.load_state_dict(anchor)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
+    total = 0.0
+    for epoch in range(settings.local_epochs):
+        generator = torch_generator(settings.seed, "batches", round_, client, epoch)
+        order = own[torch.randperm(len(own), generator=generator).to(own.device)]
+        for part in order.split(settings.batch_size):
+            loss = method.local_loss(model, batches.augmented(part, generator), batches.labels[part], anchor)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(part)
+        if not math.isfinite(total):
+            raise ClientDiverged(client, round_)
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise ClientDiverged(client, round_)
+    return total / (settings.local_epochs * len(own))
+
+
+def weighted_mean(states: list[State], weights: list[float]) -> State:
+    """The mean of states, entry by entry, weighted (McMahan et al., 2017, Algorithm 1: weights are sample counts n_k).
+
+    The whole state is averaged, BatchNorm statistics included. Sums run in float64 and in list order; integer entries
+    (BatchNorm's step counter) are rounded and stay integers.
+
+    Raises:
+        ValueError: no states, weights that do not fit or do not sum to a positive number, states of other shapes.
+    """
+    if not states or len(states) != len(weights) or not sum(weights) > 0 or min(weights) < 0:
+        raise ValueError(
+            f"a weighted mean needs states and one weight each, none negative, not all zero; "
+            f"got {len(states)} states and weights {list(weights)[:10]}"
+        )
+    shapes = [{name: t.shape for name, t in state.items()} for state in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("states to be averaged must have the same names and shapes; they come from different models")
+    total = sum(weights)
+    return {name: _mean_entry([s[name] for s in states], [w / total for w in weights]) for name in states[0]}
+
+
+def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
+    mean = sum(t.double() * share for t, share in zip(tensors, shares, strict=True))
+    return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
+
+
+def choose_clients(num_clients: int, settings: FedSettings, round_: int) -> list[int]:
+    """The clients of a round, drawn without replacement, in rising order."""
+    rng = numpy_generator(settings.seed, "clients", round_)
+    return sorted(rng.choice(num_clients, settings.clients_per_round, replace=False).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class FedResult:
+    """What a run leaves.
+
+    Attributes:
+        state: the final global state.
+        history: one record a round: round, clients, train_loss, seconds, and metrics (None where not tested).
+    """
+
+    state: State
+    history: list[dict]
+
+
+def summarise(history: list[dict], last: int = 10) -> dict:
+    """The reported figures: every metric as its mean over the last `last` rounds.
+
+    One round's accuracy swings by several points, and the best of many rounds flatters: `best_top1` is given only
+    to compare with reports that use it.
+    """
+    tested = [record["metrics"] for record in history if record["metrics"]]
+    final = [record["metrics"] for record in history[-last:] if record["metrics"]]
+    return {
+        "top1": _mean_of([m["top1"] for m in final]),
+        "per_class": [_mean_of(column) for column in zip(*(m["per_class"] for m in final), strict=True)],
+        "groups": {group: _mean_of([m["groups"][group] for m in final]) for group in final[0]["groups"]},
+        "best_top1": max(m["top1"] for m in tested),
+        "rounds_averaged": len(final),
+    }
+
+
+def _mean_of(values: list[float | None] | tuple[float | None, ...]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+class Workers:
+    """Threads with one torch thread and one model each.
+
+    torch releases Python's lock inside its kernels, so clients train side by side without processes or pickling; one
+    torch thread a worker makes the result the same to the bit for any number of workers.
+    """
+
+    def __init__(self, model: CompactModel, count: int):
+        self._model = model
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(count, initializer=self._start)
+
+    def _start(self) -> None:
+        torch.set_num_threads(1)
+        self._own.model = copy.deepcopy(self._model).to(memory_format=torch.channels_last)
+
+    def submit(self, task: Callable, *args: object) -> Future:
+        """Run ``task(model, *args)`` on some worker with that worker's model."""
+        return self._pool.submit(lambda: task(self._own.model, *args))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def run_federated(
+    model: CompactModel,
+    train: ImageSet,
+    split: Split,
+    test: ImageSet,
+    method: FedAvg | None = None,
+    settings: FedSettings | None = None,
+    *,
+    folder: str | Path | None = None,
+    workers: int | None = None,
+    device: torch.device | str = "cpu",
+    label: str = "",
+) -> FedResult:
+    """Run federated rounds from the weights of `model`, which is not changed.
+
+    Args:
+        model: the initial global model.
+        train: the clients' images.
+        split: each client's indices into `train`.
+        test: the images to test on; class groups come from the class counts of the clients' images together.
+        method: `FedAvg` (default), `FedProx`, `FedAvgM`, or another object with their three methods.
+        settings: rounds, participation, local training; the protocol's full scale by default.
+        folder: keep a checkpoint here after each round, and go on from it if it is there. Without a folder nothing
+            is written.
+        workers: client threads; default one a core (one on a GPU). Changes the speed only.
+        device: where to train.
+        label: a name for the progress bar.
+
+    Raises:
+        ValueError: an empty client, more participants than clients, no test images, a head of the wrong size.
+        ClientDiverged: names client and round; the checkpoint before stays good.
+        CheckpointError: the folder is another run's, damaged, in use or not writable.
+    """
+    method, settings = method or FedAvg(), settings or FedSettings()
+    _check_run(model, train, split, test, settings)
+    if folder is None:
+        return _Rounds(model, train, split, test, method, settings, workers, device, label).run(None)
+    identity = _identity(model, train, split, test, method, settings)
+    with RunFolder(folder, identity) as run_folder:
+        return _Rounds(model, train, split, test, method, settings, workers, device, label).run(run_folder)
+
+
+class _Rounds:
+    """One run of `run_federated`: what stays the same from round to round, and the loop."""
+
+    def __init__(self, model, train, split, test, method, settings, workers, device, label):
+        self.method, self.settings, self.label = method, settings, label
+        self.model = copy.deepcopy(model).to(device)
+        self.train, self.test = Batches(train, device), Batches(test, device)
+        self.split = [torch.from_numpy(np.ascontiguousarray(own)).to(device) for own in split]
+        self.test_labels, self.num_classes = test.labels, test.num_classes
+        self.groups = class_groups(train.subset(np.concatenate(split)).class_counts())
+        default = 1 if torch.device(device).type == "cuda" else len(os.sched_getaffinity(0))
+        self.worker_count = max(1, min(workers or default, settings.clients_per_round))
+
+    def run(self, folder: RunFolder | None) -> FedResult:
+        done, state, memory, history = self._start(folder)
+        total = self.settings.rounds
+        with (
+            Workers(self.model, self.worker_count) as workers,
+            progress_bar(total * self.settings.clients_per_round, "client", self.label or "rounds", done) as bar,
+        ):
+            bar.update(done * (self.settings.clients_per_round - 1))
+            for round_ in range(done + 1, total + 1):
+                state, memory, record = self._round(workers, state, memory, round_, bar)
+                history.append(record)
+                if folder:
+                    folder.save(round_, _pack(state, memory), history)
+                if record["metrics"]:
+                    bar.set_postfix_str(f"top-1 {record['metrics']['top1']:.1%}", refresh=False)
+        return FedResult(state, history)
+
+    def _start(self, folder: RunFolder | None) -> tuple[int, State, State, list[dict]]:
+        found = folder.load() if folder else None
+        if found is None:
+            state = {name: t.clone() for name, t in self.model.state_dict().items()}
+            return 0, state, self.method.init_memory({n: p.detach() for n, p in self.model.named_parameters()}), []
+        done, tensors, history = found
+        tensors = {name: t.to(self.train.labels.device) for name, t in tensors.items()}
+        return done, _unpack(tensors, "model."), _unpack(tensors, "memory."), history
+
+    def _round(self, workers, state, memory, round_, bar) -> tuple[State, State, dict]:
+        started = time.perf_counter()
+        chosen = choose_clients(len(self.split), self.settings, round_)
+        longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))
+        jobs = {client: workers.submit(self._client, state, round_, client) for client in longest_first}
+        for job in jobs.values():
+            job.add_done_callback(lambda _: bar.update())
+        locals_, losses = zip(*(jobs[client].result() for client in chosen), strict=True)
+        sizes = [len(self.split[client]) for client in chosen]
+        state, memory = self.method.server_update(state, weighted_mean(locals_, sizes), memory)
+        record = {
+            "round": round_,
+            "clients": chosen,
+            "train_loss": float(np.average(losses, weights=sizes)),
+            "metrics": self._evaluate(workers, state) if self.settings.evaluates(round_) else None,
+        }
+        return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
+
+    def _client(self, model: CompactModel, state: State, round_: int, client: int) -> tuple[State, float]:
+        own = self.split[client]
+        loss = train_client(model, self.train, own, self.method, self.settings, state, round_, client)
+        return {name: t.clone() for name, t in model.state_dict().items()}, loss
+
+    def _evaluate(self, workers: Workers, state: State) -> dict:
+        def test_part(model: CompactModel, part: Tensor) -> Tensor:
+            model.load_state_dict(state)
+            return predict(model, self.test, part)
+
+        parts = torch.arange(len(self.test), device=self.test.labels.device).split(EVAL_PART)
+        jobs = [workers.submit(test_part, part) for part in parts]
+        predictions = torch.cat([job.result() for job in jobs]).cpu().numpy()
+        confusion = confusion_matrix(self.test_labels, predictions, self.num_classes)
+        return metrics_from_confusion(confusion, self.groups).as_dict()
+
+
+def _check_run(model, train, split, test, settings) -> None:
+    check_split(split)
+    if settings.clients_per_round > len(split):
+        raise ValueError(f"clients_per_round is {settings.clients_per_round}, but there are only {len(split)} clients")
+    if len(test) == 0:
+        raise ValueError("the test set has no images")
+    for data in (train, test):
+        if data.num_classes != model.head.out_features:
+            raise ValueError(
+                f"{data.origin} has {data.num_classes} classes, the model's head has {model.head.out_features}; "
+                "build the model with num_classes of the data"
+            )
+
+
+def _identity(model, train, split, test, method, settings) -> dict:
+    """What makes two runs the same run. `rounds` is left out: a finished run may be continued."""
+    numbers = {k: v for k, v in asdict(settings).items() if k not in ("rounds", "eval_every", "report_rounds")}
+    return {
+        **numbers,
+        "method": {"name": type(method).__name__, **asdict(method)},
+        "train": train.checksum(),
+        "test": test.checksum(),
+        "split": _sha256(own for own in split),
+        "initial_weights": _sha256(t.cpu().numpy() for t in model.state_dict().values()),
+    }
+
+
+def _sha256(arrays) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _pack(state: State, memory: State) -> State:
+    return {**{f"model.{n}": t for n, t in state.items()}, **{f"memory.{n}": t for n, t in memory.items()}}
+
+
+def _unpack(tensors: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,74 @@
+"""What makes a run repeatable: seeds by name, atomic files, a progress bar that is silent where nobody looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+def stable_seed(*keys: int | str) -> int:
+    """One 63-bit integer from any run of keys; unlike Python's hash(), the same on every machine."""
+    words = [key if isinstance(key, int) else int.from_bytes(key.encode(), "little") for key in keys]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def torch_generator(*keys: int | str) -> torch.Generator:
+    """A torch generator that depends on the keys alone, e.g. ``torch_generator(seed, "batches", round, client, epoch)``.
+
+    Nothing in this package draws from torch's global generator, so neither the number of workers nor a resumed
+    run can change a result. Keys are non-negative integers or short strings.
+    """
+    return torch.Generator().manual_seed(stable_seed(*keys))
+
+
+def numpy_generator(*keys: int | str) -> np.random.Generator:
+    """The same idea for NumPy: a generator that depends on the keys alone."""
+    return np.random.default_rng(stable_seed(*keys))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to the disk and rename it: readers see the old file or the new, whole."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as readable JSON, atomically; non-finite numbers are refused (JSON has none)."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def somebody_looks() -> bool:
+    """Whether a progress bar has a reader: a terminal or a notebook, unless ``MLLMFL_PROGRESS=0`` says otherwise."""
+    wish = os.environ.get("MLLMFL_PROGRESS")
+    if wish is not None:
+        return wish != "0"
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def progress_bar(total: int, unit: str, label: str, done: int = 0) -> tqdm:
+    """A tqdm bar on stderr that removes itself when finished and does not appear where nobody looks."""
+    return tqdm(total=total, initial=done, unit=unit, desc=label, leave=False, disable=not somebody_looks())
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; ``"auto"`` is the GPU where there is one.
+
+    Raises:
+        ValueError: a CUDA device is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
+    return torch.device(name)

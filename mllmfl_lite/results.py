@@ -1,0 +1,79 @@
+"""Results files: plain JSON that says what was run, where, on what, and what came out, round by round."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mllmfl_lite.repro import write_json
+
+FORMAT = 1
+PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+
+
+class ResultError(RuntimeError):
+    """A results file cannot be read, or belongs to other parameters."""
+
+
+def provenance(device: torch.device | str) -> dict:
+    """Where and with what a run was made: revision, package versions, device, date."""
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
+        "platform": platform.system(),
+    }
+
+
+@functools.cache
+def _revision() -> str:
+    """The commit this package was run from, with a + where files had changed since; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed.stdout.strip() else "")
+
+
+def save_result(path: str | Path, result: dict) -> None:
+    """Write one run's result, atomically; its folder is made if absent."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(path), {"format": FORMAT, **result})
+
+
+def load_result(path: str | Path) -> dict:
+    """Read one run's result.
+
+    Raises:
+        ResultError: the file is no results file of this format.
+    """
+    try:
+        result = json.loads(Path(path).read_text())
+        if result["format"] != FORMAT:
+            raise ValueError(f"format {result['format']}, this version reads {FORMAT}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultError(f"{path} is not a results file ({error}); remove it and run again") from error
+    return result
+
+
+def load_results(folder: str | Path) -> list[dict]:
+    """All results in a folder, by file name; an empty list where there are none."""
+    return [load_result(path) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1) over seeds; the spread of a single value is not known: NaN."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
