@@ -35,9 +35,7 @@ class Batches:
         self.labels = torch.from_numpy(np.array(data.labels)).to(device)
         margin = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         padded = torch.from_numpy(np.pad(data.images, margin)).to(device)  # (N, H + 2p, W + 2p, 3)
-        self._windows = padded.unfold(1, self.height, 1).unfold(
-            2, self.width, 1
-        )  # (N, 2p + 1, 2p + 1, 3, H, W), a view
+        self._windows = padded.unfold(1, self.height, 1).unfold(2, self.width, 1)  # (N, 2p + 1, 2p + 1, 3, H, W)
         std = torch.tensor(CHANNEL_STD, device=device).view(1, 3, 1, 1)
         self._scale = 1 / (255 * std)
         self._shift = -torch.tensor(CHANNEL_MEAN, device=device).view(1, 3, 1, 1) / std

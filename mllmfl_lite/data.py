@@ -53,7 +53,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
             raise ValueError(
-                f"images must be uint8 of shape (N, H, W, C); these are {self.images.dtype} of shape {self.images.shape}"
+                f"images must be uint8 (N, H, W, C); these are {self.images.dtype} of shape {self.images.shape}"
             )
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"one label an image: {len(self.images)} images, labels of shape {self.labels.shape}")
@@ -175,7 +175,7 @@ def _load_cifar(dataset: str, part: str) -> ImageSet:
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays[f"x_{part}"], arrays[f"y_{part}"], tuple(arrays["names"].tolist())
     except Exception as error:
         raise DataError(f"{path} cannot be read ({error}); remove it and make it again") from error

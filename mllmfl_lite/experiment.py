@@ -45,7 +45,7 @@ class Experiment:
     width: int = 64
     method: str = "fedavg"
     method_options: dict = field(default_factory=dict)
-    settings: FedSettings = FedSettings()
+    settings: FedSettings = field(default_factory=FedSettings)
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with another seed."""

@@ -62,7 +62,7 @@ class CompactModel(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut, a 1x1 convolution where the shape changes (He et al., 2016)."""
+    """Two 3x3 convolutions with BatchNorm and a shortcut, 1x1 where the shape changes (He et al., 2016)."""
 
     def __init__(self, inside: int, outside: int, stride: int):
         super().__init__()

@@ -19,7 +19,7 @@ def stable_seed(*keys: int | str) -> int:
 
 
 def torch_generator(*keys: int | str) -> torch.Generator:
-    """A torch generator that depends on the keys alone, e.g. ``torch_generator(seed, "batches", round, client, epoch)``.
+    """A torch generator that depends on the keys alone: ``torch_generator(seed, "batches", round, client, epoch)``.
 
     Nothing in this package draws from torch's global generator, so neither the number of workers nor a resumed
     run can change a result. Keys are non-negative integers or short strings.
@@ -53,7 +53,12 @@ def somebody_looks() -> bool:
     wish = os.environ.get("MLLMFL_PROGRESS")
     if wish is not None:
         return wish != "0"
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def progress_bar(total: int, unit: str, label: str, done: int = 0) -> tqdm:

@@ -16,6 +16,7 @@ import torch
 from mllmfl_lite.repro import write_json
 
 FORMAT = 1
+RESULTS = Path(__file__).parent.parent / "results"  # the files that came with the repository
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
@@ -77,3 +78,13 @@ def load_results(folder: str | Path) -> list[dict]:
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1) over seeds; the spread of a single value is not known: NaN."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def reported() -> dict:
+    """Figures that others report, each with its source; kept apart from ours, and in no other place of the book."""
+    return json.loads((Path(__file__).parent / "assets" / "reported.json").read_text())
+
+
+def committed_results(benchmark: str) -> list[dict]:
+    """The results files that came with the repository, e.g. for ``"medium/cifar10_lt_if100"``; may be empty."""
+    return load_results(RESULTS / benchmark)

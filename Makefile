@@ -1,0 +1,81 @@
+# The verbs of the project. `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PACKAGE := $(shell find mllmfl_lite -type f ! -path '*/__pycache__/*')
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
+PROVED := $(NOTEBOOKS:notebooks/%.ipynb=_build/proved/%)
+RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*')
+PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
+BOOK := _build/html/.built
+
+# Bars would end up in outputs and logs; run a chapter in Jupyter, or a script in a terminal, to see them.
+export MLLMFL_PROGRESS := 0
+export PYTHONWARNINGS := ignore::DeprecationWarning
+
+.PHONY: help setup book serve test lint unit notebooks browser outputs bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the verbs
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+setup: $(INSTALLED)  ## make .venv and install requirements.txt into it
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
+	  "Python 3.10 to 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (several GB the first time; minutes)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	@touch $@
+
+book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
+	@echo "open $(CURDIR)/_build/html/index.html"
+
+_build/executed/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
+	@mkdir -p $(@D)
+	@echo "executing $<"
+	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< $@.part.ipynb
+	@mv $@.part.ipynb $@
+
+# Rendered from scratch each time, so that no warning hides in what Sphinx does not read again.
+$(BOOK): $(EXECUTED) $(PAGES) | $(INSTALLED)
+	@rm -rf _build/source _build/html _build/.doctrees
+	@mkdir -p _build/source/notebooks
+	@cp -r _config.yml _toc.yml references.bib book _build/source/
+	@cp $(EXECUTED) _build/source/notebooks/
+	@$(BIN)/jupyter-book build -W -n --keep-going --quiet --path-output . _build/source
+	@touch $@
+
+serve: book  ## serve the book on http://localhost:8000
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+test: lint unit browser notebooks  ## prove everything: lint, unit tests, the rendered book, every notebook's outputs
+
+lint: $(INSTALLED)  ## ruff: style and format
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "lint: clean"
+
+unit: $(INSTALLED)  ## the unit tests, fast ones first
+	@$(BIN)/pytest -m "not browser"
+
+browser: $(BOOK)  ## look at the rendered book in a headless browser, where there is one
+	@$(BIN)/pytest -m browser -rs
+
+notebooks: $(PROVED)  ## run every notebook again and compare with its committed outputs (nbval)
+
+_build/proved/%: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
+	@mkdir -p $(@D)
+	@$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider -W default $<
+	@touch $@
+
+outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
+	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
+
+bench: $(INSTALLED)  ## the engine beside the ordinary loop, same work, in one run
+	@$(BIN)/python benchmarks/bench_rounds.py
+
+clean:  ## remove what was built; .venv stays
+	@rm -rf _build

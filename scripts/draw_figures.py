@@ -1,0 +1,220 @@
+"""Draw the book's schematics: one set of glyphs for server, client, data and model, so that they always look the same.
+
+python scripts/draw_figures.py          # writes book/figures/*.svg
+"""
+
+from pathlib import Path
+
+from mllmfl_lite.plotting import GROUP_COLOURS
+
+FIGURES = Path(__file__).parent.parent / "book" / "figures"
+INK, QUIET, SERVER, CLIENT, LARGE, SMALL = "#1b2733", "#5d6b7a", "#e8eef6", "#f6f1e7", "#5b4b8a", "#00795a"
+HEAD, MIDDLE, TAIL = GROUP_COLOURS.values()
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+def text(x, y, words, size=15, colour=INK, anchor="middle", weight="normal"):
+    return (
+        f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{words}</text>'
+    )
+
+
+def lines(x, y, rows, size=13, colour=QUIET, anchor="middle"):
+    return "".join(text(x, y + i * (size + 4), row, size, colour, anchor) for i, row in enumerate(rows))
+
+
+def box(x, y, w, h, fill, stroke="none", radius=12, dash=""):
+    dash = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="{radius}" fill="{fill}" stroke="{stroke}"{dash}/>'
+
+
+def arrow(x1, y1, x2, y2, colour=INK):
+    return f'<path d="M{x1} {y1} L{x2} {y2}" stroke="{colour}" stroke-width="2.2" fill="none" marker-end="url(#tip)"/>'
+
+
+def server(x, y, size=1.0):
+    """A rack of three units."""
+    units = "".join(
+        box(0, 17 * i, 46, 14, "#33475b", radius=3) + f'<circle cx="8" cy="{17 * i + 7}" r="2.4" fill="#8fd3b6"/>'
+        for i in range(3)
+    )
+    return f'<g transform="translate({x} {y}) scale({size})">{units}</g>'
+
+
+def client(x, y, size=1.0):
+    """A phone."""
+    phone = box(0, 0, 30, 50, "#ffffff", INK, 6) + box(4, 7, 22, 32, CLIENT, "none", 2)
+    return (
+        f'<g transform="translate({x} {y}) scale({size})">{phone}<circle cx="15" cy="44.5" r="2.2" fill="{INK}"/></g>'
+    )
+
+
+def data(x, y, heights, bar=9, gap=2):
+    """A histogram; bars in head, middle and tail colours. `y` is the base line."""
+    third = [HEAD] * 4 + [MIDDLE] * 3 + [TAIL] * 3
+    bars = "".join(
+        f'<rect x="{x + i * (bar + gap)}" y="{y - h}" width="{bar}" height="{h}" rx="1.5" fill="{third[i]}"/>'
+        for i, h in enumerate(heights)
+    )
+    width = 10 * (bar + gap)
+    return bars + f'<path d="M{x - 3} {y + 1} h{width + 4}" stroke="{QUIET}" stroke-width="1.2"/>'
+
+
+def small_model(x, y, size=1.0, colour=SMALL):
+    """The compact model: three layers that narrow."""
+    layers = "".join(box(13 * i, 5 * i, 9, 40 - 10 * i, colour, radius=2) for i in range(3))
+    return f'<g transform="translate({x} {y}) scale({size})">{layers}</g>'
+
+
+def large_model(x, y, w, h, words, frozen=True):
+    """A large model; a dashed outline says that it is frozen."""
+    return box(x, y, w, h, "#efecf8", LARGE, 10, "6 4" if frozen else "") + lines(
+        x + w / 2, y + h / 2 + 5 - 8.5 * (len(words) - 1), words, 13.5, LARGE
+    )
+
+
+def save(name, width, height, title, *parts):
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / name).write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="{FONT}" role="img">'
+        f"<title>{title}</title>"
+        f'<defs><marker id="tip" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="6" markerHeight="6" orient="auto">'
+        f'<path d="M0 0 L10 5 L0 10 z" fill="{INK}"/></marker></defs>'
+        + box(0.5, 0.5, width - 1, height - 1, "#ffffff", "#dfe4ea", 14)
+        + "".join(parts)
+        + "</svg>\n"
+    )
+
+
+ALL = [78, 47, 28, 17, 11, 8, 6, 4.5, 3.5, 3]
+
+
+def clients_figure():
+    hands = [
+        ("client 1", [52, 9, 0, 6, 0, 0, 0, 0, 0, 0], ["mostly head"]),
+        ("client 2", [11, 6, 21, 0, 9, 0, 5, 0, 0, 2], ["a mix"]),
+        ("client 3", [0, 27, 0, 10, 0, 6, 0, 4, 3, 0], ["some tail"]),
+    ]
+    parts = [
+        text(150, 40, "all images together", 15, weight="600"),
+        data(92, 165, ALL, 10, 2),
+        text(114, 188, "head", 13, HEAD),
+        text(158, 188, "middle", 13, "#2b7fb0"),
+        text(202, 188, "tail", 13, TAIL),
+        text(150, 222, "nobody holds them all", 13, QUIET),
+        text(284, 84, "dealt", 14, INK, weight="600"),
+    ]
+    for i, (name, heights, words) in enumerate(hands):
+        y = 24 + 76 * i
+        parts += [arrow(250, 132, 372, y + 34), box(384, y, 390, 66, CLIENT), client(400, y + 8)]
+        parts += [
+            text(447, y + 30, name, 14, anchor="start", weight="600"),
+            lines(447, y + 48, words, 13, anchor="start"),
+        ]
+        parts += [data(600, y + 57, heights, 12, 3)]
+    save("01_clients.svg", 800, 262, "All images are dealt to clients", *parts)
+
+
+def rounds_figure():
+    parts = [
+        box(26, 24, 748, 92, SERVER),
+        server(44, 45),
+        text(104, 60, "server", 15, anchor="start", weight="600"),
+        lines(104, 80, ["keeps the global weights w;", "sees no image"], 13, anchor="start"),
+        small_model(330, 48),
+        text(392, 66, "w", 19, SMALL, "start", "600"),
+        text(520, 60, "4  take the weighted mean", 14, INK, "start", "600"),
+        text(520, 84, "w ← Σ nₖ wₖ / Σ nₖ", 15, SMALL, "start"),
+        lines(272, 152, ["1  draw some clients,", "send them w"], 14, INK),
+        lines(528, 152, ["3  send wₖ back,", "keep the images"], 14, INK),
+    ]
+    hands = [[44, 8, 0, 6, 0, 0, 0, 0, 0, 0], [11, 6, 21, 0, 9, 0, 5, 0, 0, 2], [0, 27, 0, 10, 0, 6, 0, 4, 3, 0]]
+    for i, heights in enumerate(hands):
+        x = 26 + 256 * i
+        middle = x + 118
+        parts += [arrow(middle - 13, 120, middle - 13, 193), arrow(middle + 13, 194, middle + 13, 121)]
+        parts += [box(x, 198, 236, 100, CLIENT), client(x + 14, 222), data(x + 60, 270, heights, 7, 1.6)]
+        parts += [small_model(x + 168, 226, 0.9), text(x + 103, 290, f"n{'₁₂₃'[i]} images", 12.5, QUIET)]
+        parts += [text(x + 186, 290, f"w{'₁₂₃'[i]}", 13.5, SMALL, weight="600")]
+    parts += [text(400, 324, "2  each drawn client makes E passes of SGD over its own images", 14, INK, weight="600")]
+    save("04_rounds.svg", 800, 342, "One communication round of federated averaging", *parts)
+
+
+def stages_figure():
+    parts = [
+        box(20, 20, 300, 318, SERVER),
+        box(340, 20, 220, 318, CLIENT),
+        box(580, 20, 250, 318, SERVER),
+        server(36, 36, 0.8),
+        text(84, 50, "Stage 1 · pretrain", 15.5, INK, "start", "600"),
+        lines(84, 68, ["on the server"], 13, anchor="start"),
+        client(358, 32, 0.8),
+        text(394, 50, "Stage 2 · finetune", 15.5, INK, "start", "600"),
+        lines(394, 68, ["on the clients"], 13, anchor="start"),
+        server(596, 36, 0.8),
+        text(644, 50, "Stage 3 · align", 15.5, INK, "start", "600"),
+        lines(644, 68, ["on the server"], 13, anchor="start"),
+        # stage 1
+        box(36, 104, 84, 52, "#ffffff", QUIET, 8),
+        lines(78, 126, ["open web", "images"], 13, INK),
+        arrow(122, 130, 150, 130),
+        large_model(154, 100, 150, 60, ["multimodal LLM", "describes them"]),
+        arrow(229, 162, 229, 188),
+        large_model(154, 192, 150, 40, ["frozen LLM"]),
+        large_model(36, 254, 84, 52, ["CLIP", "encoder"]),
+        small_model(218, 262, 0.95),
+        arrow(86, 250, 158, 232),
+        arrow(236, 258, 232, 236),
+        text(100, 222, "1 − α", 14, LARGE, weight="600"),
+        text(252, 252, "α", 15, SMALL, weight="600"),
+        text(170, 284, "α: 0 → 1", 13.5, INK),
+        text(238, 326, "compact model", 12.5, SMALL),
+        # stage 2
+        arrow(290, 286, 368, 270),
+        small_model(374, 250, 0.8),
+        text(392, 312, "weights", 12.5, SMALL),
+    ]
+    for i, heights in enumerate(
+        [[30, 8, 0, 6, 0, 0, 0, 0, 0, 0], [8, 4, 16, 0, 8, 0, 5, 0, 0, 3], [0, 20, 0, 9, 0, 7, 0, 5, 4, 0]]
+    ):
+        y = 96 + 54 * i
+        parts += [client(438, y, 0.82), data(474, y + 36, heights, 5, 1.6)]
+    parts += [
+        text(492, 276, "long-tailed,", 13, QUIET),
+        text(492, 293, "skewed;", 13, QUIET),
+        text(492, 310, "images stay", 13, QUIET),
+        # stage 3
+        arrow(552, 262, 606, 262),
+        small_model(612, 250, 0.95),
+        large_model(668, 100, 148, 56, ["multimodal LLM", "as a teacher"]),
+        data(602, 152, [16] * 10, 4, 1.4),
+        text(628, 172, "balanced set", 12.5, QUIET),
+        arrow(742, 160, 742, 196),
+        box(672, 200, 140, 40, "#ffffff", SMALL, 8),
+        text(742, 225, "CE + β · KL", 15, SMALL, weight="600"),
+        arrow(672, 240, 652, 254),
+        text(690, 284, "the final model", 13, INK, "start", "600"),
+    ]
+    save("three_stages.svg", 850, 358, "The three stages of the method", *parts)
+
+
+def logo():
+    parts = [
+        box(2, 2, 60, 60, "#1f3550", radius=14),
+        server(17, 9, 0.66),
+        '<path d="M32 43 L16 50 M32 43 L32 50 M32 43 L48 50" stroke="#cfd9e4" stroke-width="2"/>',
+    ]
+    parts += [f'<circle cx="{x}" cy="52" r="4.6" fill="{c}"/>' for x, c in ((16, "#3f9bd6"), (32, MIDDLE), (48, TAIL))]
+    (FIGURES / "logo.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><title>mllmfl_lite</title>'
+        + "".join(parts)
+        + "</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    clients_figure()
+    rounds_figure()
+    stages_figure()
+    logo()

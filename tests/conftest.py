@@ -1,0 +1,21 @@
+import numpy as np
+import pytest
+import torch
+
+from mllmfl_lite.data import ImageSet
+
+torch.set_num_threads(1)
+
+
+def make_images(n: int = 60, num_classes: int = 3, size: int = 8, seed: int = 0) -> ImageSet:
+    """Random small pictures whose brightness gives the class away, so that a model can learn something."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % num_classes
+    images = rng.integers(0, 120, (n, size, size, 3)) + 60 * labels[:, None, None, None]
+    names = tuple(f"class {c}" for c in range(num_classes))
+    return ImageSet(np.clip(images, 0, 255).astype(np.uint8), labels.astype(np.int64), names, "made/train")
+
+
+@pytest.fixture
+def images() -> ImageSet:
+    return make_images()

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
+from mllmfl_lite.models import resnet8
+
+
+def test_confusion_rows_are_true_classes():
+    matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_metrics_by_hand():
+    matrix = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
+    metrics = metrics_from_confusion(matrix, {"head": [0, 1], "tail": [2], "few": []})
+    assert metrics.top1 == pytest.approx(13 / 20)
+    assert metrics.per_class == [0.8, 0.5, None]
+    assert metrics.groups == {"head": pytest.approx(0.65), "tail": None, "few": None}
+
+
+def test_an_empty_test_set_is_refused():
+    with pytest.raises(ValueError, match="no test image"):
+        metrics_from_confusion(np.zeros((2, 2), int), {})
+
+
+def test_all_groups_are_there():
+    assert list(class_groups(np.array([200, 50, 3]))) == ["many", "medium", "few", "head", "middle", "tail"]
+
+
+def test_predictions_use_running_statistics_and_keep_order(images):
+    model, batches = resnet8(3, width=4), Batches(images)
+    whole = predict(model, batches)
+    assert torch.equal(predict(model, batches, torch.tensor([7, 2])), whole[[7, 2]])
+    logits = model.eval()(batches.plain(torch.arange(len(images))))
+    assert torch.equal(whole, logits.argmax(1))

@@ -1,0 +1,99 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mllmfl_lite import results
+from mllmfl_lite.experiment import Experiment, run_experiment
+from mllmfl_lite.federated import FedProx, FedSettings
+from mllmfl_lite.results import ResultError
+
+TINY = Experiment(
+    "cifar10_mini", 100, num_clients=4, width=2, settings=FedSettings(2, 2, 1, batch_size=64, report_rounds=1)
+)
+
+
+def test_a_finished_run_is_read_back_and_another_ones_file_refused(tmp_path):
+    fresh = run_experiment(TINY, tmp_path, "cpu", label="fedavg")
+    again = run_experiment(TINY, tmp_path, "cpu", label="fedavg")
+    assert again["history"] == fresh["history"] and again["provenance"] == fresh["provenance"]
+    with pytest.raises(ResultError, match=r"alpha there 0.5, now 0.1; choose another results folder"):
+        run_experiment(replace(TINY, alpha=0.1), tmp_path, "cpu", label="fedavg")
+
+
+def test_a_results_file_says_what_was_run_on_what_and_where(tmp_path):
+    run_experiment(TINY, tmp_path, "cpu")
+    (result,) = results.load_results(tmp_path)
+    assert result["parameters"]["settings"]["rounds"] == 2 and result["parameters"]["width"] == 2
+    assert result["data"]["train_images"] == sum(np.bincount(TINY.clients()[0].labels))
+    assert len(result["data"]["train_sha256"]) == 64
+    assert {"date", "revision", "python", "packages", "device", "seconds_in_this_process"} <= result[
+        "provenance"
+    ].keys()
+    assert [r["round"] for r in result["history"]] == [1, 2]
+    assert len(result["history"][0]["metrics"]["per_class"]) == 10
+    assert result["summary"]["top1"] == result["history"][-1]["metrics"]["top1"]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_experiment(TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_controls_have_as_many_images():
+    longtail, _ = TINY.clients()
+    balanced, _ = replace(TINY, balanced=True).clients()
+    assert len(longtail) == len(balanced)
+    assert balanced.class_counts().max() - balanced.class_counts().min() <= 1
+
+
+def test_seeds_change_images_and_split():
+    (one, split_one), (two, _) = TINY.clients(), TINY.with_seed(1).clients()
+    assert one.checksum() != two.checksum()
+    assert [own.tolist() for own in split_one] == [own.tolist() for own in TINY.clients()[1]]
+
+
+def test_methods_by_name():
+    assert replace(TINY, method="fedprox", method_options={"mu": 0.3}).build_method() == FedProx(mu=0.3)
+    with pytest.raises(ValueError, match="no method named 'fedsgd'; there are fedavg, fedprox, fedavgm"):
+        replace(TINY, method="fedsgd").build_method()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 9}', "[1]"])
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ResultError, match=r"x.json is not a results file"):
+        results.load_results(tmp_path)
+
+
+def test_mean_and_spread():
+    assert results.mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert np.isnan(results.mean_and_spread([1.0])[1])
+
+
+def test_reported_figures_have_a_source():
+    for entry in results.reported().values():
+        assert entry["source"]
+
+
+def test_committed_results_are_whole():
+    """Every committed file: summary recomputed from its history, clean revision, three seeds or more a label."""
+    from mllmfl_lite.federated import summarise
+
+    root = results.RESULTS
+    for folder in {path.parent for path in root.rglob("*.json")}:
+        seeds = {}
+        for result in results.load_results(folder):
+            numbers = result["parameters"]["settings"]
+            assert len(result["history"]) == numbers["rounds"]
+            assert result["summary"] == summarise(result["history"], numbers["report_rounds"])
+            assert len(result["provenance"]["revision"]) == 40, "made from uncommitted code"
+            seeds.setdefault(result["label"], set()).add(numbers["seed"])
+        assert all(len(of) >= 3 for of in seeds.values()), seeds
+
+
+def test_results_are_plain_json(tmp_path):
+    results.save_result(tmp_path / "new" / "x.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"format": 1, "a": [1, None]}

@@ -1,0 +1,348 @@
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from mllmfl_lite import federated, partition
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.checkpoint import CheckpointError
+from mllmfl_lite.federated import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, run_federated
+from mllmfl_lite.models import build_model
+from mllmfl_lite.repro import torch_generator
+
+QUICK = FedSettings(rounds=3, clients_per_round=2, local_epochs=2, batch_size=8, lr=0.05)
+
+
+@pytest.fixture
+def model():
+    return build_model("resnet8", 3, width=4)
+
+
+@pytest.fixture
+def split(images):
+    return partition.iid(images.labels, 4, seed=0)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------ the weighted mean
+
+numbers = st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2)
+
+
+@given(st.lists(st.tuples(numbers, st.integers(1, 50)), min_size=1, max_size=5))
+def test_weighted_mean_is_numpys(pairs):
+    states = [{"w": torch.tensor(values, dtype=torch.float32)} for values, _ in pairs]
+    weights = [weight for _, weight in pairs]
+    expected = np.average([values for values, _ in pairs], axis=0, weights=weights)
+    assert federated.weighted_mean(states, weights)["w"].numpy() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_weighted_mean_keeps_types_and_covers_buffers(model):
+    twice = {name: t * 2 for name, t in model.state_dict().items()}
+    mean = federated.weighted_mean([model.state_dict(), twice], [1, 3])
+    assert mean.keys() == model.state_dict().keys()
+    assert mean["body.1.num_batches_tracked"].dtype == torch.int64
+    torch.testing.assert_close(mean["body.1.running_var"], torch.full((4,), 1.75))
+
+
+@pytest.mark.parametrize("weights", [[], [0.0], [-1.0], [1.0, 1.0]])
+def test_weights_that_make_no_mean_are_refused(weights):
+    with pytest.raises(ValueError, match="a weighted mean needs"):
+        federated.weighted_mean([{"w": torch.ones(1)}], weights)
+
+
+def test_states_of_different_models_are_refused():
+    with pytest.raises(ValueError, match="same names and shapes"):
+        federated.weighted_mean([{"w": torch.ones(1)}, {"w": torch.ones(2)}], [1, 1])
+
+
+# ------------------------------------------------------------------------------------------------ methods
+
+
+def train_by_hand(model, images, own, settings, round_, client, mu=0.0):
+    """Local training with torch's own autograd on the written-out loss, and no optimiser."""
+    model.train()
+    anchor = [p.detach().clone() for p in model.parameters()]
+    batches = Batches(images)
+    for epoch in range(settings.local_epochs):
+        generator = torch_generator(settings.seed, "batches", round_, client, epoch)
+        order = torch.as_tensor(own)[torch.randperm(len(own), generator=generator)]
+        for part in order.split(settings.batch_size):
+            loss = cross_entropy(model(batches.augmented(part, generator)), batches.labels[part])
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for p, g, a in zip(model.parameters(), gradients, anchor, strict=True):
+                    p.sub_(settings.lr * (g + mu * (p - a)))  # the proximal term's gradient in closed form
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("method", [FedAvg(), FedProx(mu=0.7)])
+def test_a_round_is_local_sgd_and_a_weighted_mean(images, model, method):
+    split = partition.dirichlet(images.labels, 3, 1.0, seed=1)
+    one = replace(QUICK, rounds=1, clients_per_round=3)
+    result = run_federated(model, images, split, images, method, one)
+    locals_ = [
+        train_by_hand(build_model("resnet8", 3, width=4), images, own, one, 1, k, getattr(method, "mu", 0))
+        for k, own in enumerate(split)
+    ]
+    sizes = [len(own) for own in split]
+    for name, value in result.state.items():
+        mean = sum(n * s[name].double() for n, s in zip(sizes, locals_, strict=True)) / sum(sizes)
+        torch.testing.assert_close(value.double(), mean.round() if "tracked" in name else mean, rtol=1e-3, atol=1e-4)
+
+
+def test_fedprox_with_no_spring_is_fedavg_to_the_bit(images, model, split):
+    runs = [run_federated(model, images, split, images, m, QUICK).state for m in (FedAvg(), FedProx(mu=0.0))]
+    assert equal(*runs)
+
+
+def test_a_strong_spring_holds_clients_back(images, model, split):
+    def moved(mu):
+        one = replace(QUICK, rounds=1)
+        state = run_federated(model, images, split, images, FedProx(mu=mu), one).state
+        return sum((state[n] - p).square().sum().item() for n, p in model.named_parameters())
+
+    assert moved(10.0) < moved(0.0) / 2
+
+
+def test_server_momentum_in_closed_form():
+    """A constant pseudo-gradient g: after t steps w has moved by -g (t - b (1 - b^t) / (1 - b)) / (1 - b)."""
+    method, b, g = FedAvgM(momentum=0.9), 0.9, 0.5
+    state, memory = {"w": torch.zeros(1), "stat": torch.ones(1)}, method.init_memory({"w": torch.zeros(1)})
+    for t in range(1, 8):
+        mean = {"w": state["w"] - g, "stat": torch.full((1,), float(t))}
+        state, memory = method.server_update(state, mean, memory)
+        assert state["w"].item() == pytest.approx(-g * (t - b * (1 - b**t) / (1 - b)) / (1 - b), rel=1e-4)
+        assert state["stat"].item() == t  # BatchNorm statistics take the mean, without momentum
+
+
+def test_training_learns_something(images, model, split):
+    result = run_federated(model, images, split, images, FedAvg(), replace(QUICK, rounds=12, lr=0.1))
+    assert federated.summarise(result.history, 3)["top1"] > 0.8
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 2
+
+
+# ------------------------------------------------------------------------------------------------ the engine
+
+
+@pytest.mark.parametrize("method", [FedAvg(), FedProx(), FedAvgM()])
+def test_the_number_of_workers_changes_no_bit(images, model, split, method):
+    runs = [run_federated(model, images, split, images, method, QUICK, workers=n) for n in (1, 2, 3)]
+    assert all(equal(runs[0].state, other.state) for other in runs[1:])
+    without_time = [[{**r, "seconds": 0} for r in run.history] for run in runs]
+    assert without_time[0] == without_time[1] == without_time[2]
+
+
+def test_the_global_generator_and_the_given_model_are_left_alone(images, model, split):
+    before, weights = torch.random.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
+    torch.manual_seed(3)
+    first = run_federated(model, images, split, images, settings=QUICK).state
+    torch.manual_seed(4)
+    assert equal(first, run_federated(model, images, split, images, settings=QUICK).state)
+    assert equal(weights, model.state_dict())
+    torch.random.set_rng_state(before)
+
+
+def test_seeds_change_the_run(images, model, split):
+    runs = [run_federated(model, images, split, images, settings=replace(QUICK, seed=s)).state for s in (0, 1)]
+    assert not equal(*runs)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 3), st.integers(1, 9))
+def test_chosen_clients_are_distinct_and_in_range(clients, wanted, seed, round_):
+    wanted = min(wanted, clients)
+    chosen = federated.choose_clients(clients, FedSettings(clients_per_round=wanted, seed=seed), round_)
+    assert len(set(chosen)) == wanted and all(0 <= k < clients for k in chosen)
+    assert chosen == federated.choose_clients(clients, FedSettings(clients_per_round=wanted, seed=seed), round_)
+
+
+def test_every_client_takes_part_sooner_or_later():
+    drawn = [k for t in range(1, 101) for k in federated.choose_clients(20, FedSettings(), t)]
+    counts = np.bincount(drawn, minlength=20)
+    assert counts.sum() == 800 and counts.min() >= 20 and counts.max() <= 60
+
+
+def test_tests_are_run_every_so_often_and_at_the_end(images, model, split):
+    run = run_federated(model, images, split, images, settings=replace(QUICK, rounds=7, eval_every=3, report_rounds=2))
+    assert [r["round"] for r in run.history if r["metrics"]] == [3, 6, 7]
+
+
+def test_the_summary_averages_the_last_rounds():
+    def record(top1, group):
+        return {"metrics": {"top1": top1, "per_class": [top1, None], "groups": {"head": group, "few": None}}}
+
+    history = [record(0.9, 0.9), {"metrics": None}, record(0.2, 0.4), record(0.4, 0.8)]
+    summary = federated.summarise(history, last=2)
+    assert summary["top1"] == pytest.approx(0.3) and summary["per_class"] == [pytest.approx(0.3), None]
+    assert summary["groups"] == {"head": pytest.approx(0.6), "few": None}
+    assert summary["best_top1"] == 0.9 and summary["rounds_averaged"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rounds", 0), ("clients_per_round", 0), ("local_epochs", -1), ("batch_size", 0), ("eval_every", 0),
+     ("rounds", 2.5), ("lr", 0.0), ("lr", float("inf")), ("lr", float("nan"))],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        FedSettings(**{name: value})
+
+
+def test_more_participants_than_clients_is_refused(images, model, split):
+    with pytest.raises(ValueError, match="clients_per_round is 5, but there are only 4 clients"):
+        run_federated(model, images, split, images, settings=replace(QUICK, clients_per_round=5))
+
+
+def test_an_empty_client_is_refused(images, model, split):
+    with pytest.raises(ValueError, match=r"clients \[4\] of 5 have none"):
+        run_federated(model, images, [*split, np.empty(0, np.int64)], images, settings=QUICK)
+
+
+def test_a_head_of_the_wrong_size_is_refused(images, split):
+    with pytest.raises(ValueError, match="has 3 classes, the model's head has 4"):
+        run_federated(build_model("resnet8", 4, width=4), images, split, images, settings=QUICK)
+
+
+def test_no_test_images_is_refused(images, model, split):
+    with pytest.raises(ValueError, match="test set has no images"):
+        run_federated(model, images, split, images.subset(np.empty(0, int)), settings=QUICK)
+
+
+@dataclass(frozen=True)
+class Poisoned(FedAvg):
+    """FedAvg until the weights have left their start: then every loss is not a number."""
+
+    start: float = 0.0
+
+    def local_loss(self, model, x, y, anchor):
+        poison = 0.0 if anchor["head.bias"][0].item() == self.start else float("nan")
+        return super().local_loss(model, x, y, anchor) + poison
+
+
+def test_a_diverged_client_is_named_and_its_round_not_aggregated(images, model, split, tmp_path):
+    method = Poisoned(start=model.head.bias[0].item())
+    with pytest.raises(ClientDiverged, match=r"client \d diverged in round 2") as caught:
+        run_federated(model, images, split, images, method, QUICK, folder=tmp_path)
+    assert caught.value.round == 2 and caught.value.client in federated.choose_clients(4, QUICK, 2)
+    after_one = run_federated(model, images, split, images, method, replace(QUICK, rounds=1)).state
+    resumed = run_federated(model, images, split, images, method, replace(QUICK, rounds=1), folder=tmp_path)
+    assert equal(resumed.state, after_one) and len(resumed.history) == 1
+
+
+def test_weights_that_overflow_in_the_last_step_are_noticed(images, model, split):
+    one_step = replace(QUICK, rounds=1, local_epochs=1, batch_size=1000, lr=1e38)
+    with pytest.raises(ClientDiverged, match="round 1"):
+        run_federated(model, images, split, images, FedProx(mu=1e5), replace(one_step, local_epochs=2))
+
+
+# ------------------------------------------------------------------------------------------------ stop and go on
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(images, model, split, tmp_path):
+    for method in (FedAvg(), FedAvgM()):
+        folder = tmp_path / type(method).__name__
+        whole = run_federated(model, images, split, images, method, QUICK)
+        run_federated(model, images, split, images, method, replace(QUICK, rounds=1), folder=folder)
+        resumed = run_federated(model, images, split, images, method, QUICK, folder=folder)
+        assert equal(whole.state, resumed.state)
+        assert [r["metrics"] for r in whole.history] == [r["metrics"] for r in resumed.history]
+
+
+KILLED_RUN = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_federated import long_run
+state = long_run({folder!r}).state
+torch.save(state, {folder!r} + "/done.pt")
+"""
+
+
+def long_run(folder=None):
+    data = make_images(48)
+    numbers = replace(QUICK, rounds=40)
+    start = build_model("resnet8", 3, width=4)
+    return run_federated(start, data, partition.iid(data.labels, 4, 0), data, FedAvgM(), numbers, folder=folder)
+
+
+def test_kill_9_at_random_moments_changes_no_bit(tmp_path):
+    """Kill the process again and again, a little later each time, until it gets through; compare with a quiet run."""
+    code = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    rng, kills = np.random.default_rng(), 0
+    while not (tmp_path / "done.pt").exists():
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+        checkpoint = tmp_path / "run.json"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.005)  # until it has written one more checkpoint
+        time.sleep(rng.uniform(0, 0.4))
+        if kills < 4:
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        assert process.wait(60) in (0, -signal.SIGKILL)
+    assert kills >= 3 and equal(torch.load(tmp_path / "done.pt"), long_run().state)
+
+
+def test_the_second_run_in_a_folder_is_refused(images, model, split, tmp_path):
+    code = (
+        "import filelock, time, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            run_federated(model, images, split, images, settings=QUICK, folder=tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    run_federated(model, images, split, images, settings=QUICK, folder=tmp_path)  # a killed run leaves no lock
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.01}, {"seed": 5}, {"clients_per_round": 3}, {"method": FedProx()}, {"split": 9}]
+)
+def test_another_runs_folder_is_refused(images, model, split, tmp_path, change):
+    run_federated(model, images, split, images, settings=replace(QUICK, rounds=1), folder=tmp_path)
+    content = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    method, other = change.pop("method", FedAvg()), partition.iid(images.labels, 4, change.pop("split", 0))
+    with pytest.raises(CheckpointError, match="holds another run"):
+        run_federated(model, images, other, images, method, replace(QUICK, **change), folder=tmp_path)
+    assert content == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_a_read_only_folder_is_refused_before_training(images, model, split):
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    am_root = os.geteuid() == 0  # root may write anywhere: be nobody for a moment
+    if am_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            run_federated(model, images, split, images, settings=QUICK, folder=folder)
+    finally:
+        if am_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
