@@ -1,5 +1,6 @@
 # The verbs of the project. `make help` lists them.
 
+SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -38,7 +39,8 @@ book: $(BOOK)  ## execute every notebook at laptop scale and render the book to 
 _build/executed/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "executing $<"
-	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< $@.part.ipynb
+	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< $@.part.ipynb \
+	  2> >(grep -v 'IPKernelApp. WARNING . Kernel is running over TCP' >&2)  # on this machine only
 	@mv $@.part.ipynb $@
 
 # Rendered from scratch each time, so that no warning hides in what Sphinx does not read again.

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mllmfl_lite.partition import rank_thirds
 
@@ -88,11 +89,12 @@ def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes
     """Who holds what: a disc for each client (row of `counts`, shape (K, C)) and class, its area the images held."""
     ax = ax or plt.subplots()[1]
     clients, classes = np.nonzero(counts)
-    area = 230 * counts[clients, classes] / counts.max()
+    area = np.maximum(230 * counts[clients, classes] / counts.max(), 1.5)  # a single image is still a dot
     colour = np.array(colours_by_group(counts.sum(0)))
     ax.scatter(classes, clients, s=area, c=colour[classes], linewidths=0)
     ax.set(title=title, ylabel="client", xlim=(-0.7, counts.shape[1] - 0.3), ylim=(counts.shape[0] - 0.3, -0.7))
     ax.set_xticks(range(counts.shape[1]), names, rotation=45, ha="right", fontsize=8)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -123,4 +125,23 @@ def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes |
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="test accuracy (%)")
     ax.legend()
+    return ax
+
+
+def update_arrows(updates: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
+    """Client updates (K, P) as arrows in a plane: along their mean, and across it where they disagree most.
+
+    Light arrows are clients, the black one is their mean: what the server applies.
+    """
+    ax = ax or plt.subplots()[1]
+    mean = updates.mean(0)
+    direction = mean / np.linalg.norm(mean)
+    along = updates @ direction  # (K,)
+    aside = updates - along[:, None] * direction
+    across = aside @ np.linalg.svd(aside, full_matrices=False)[2][0]  # (K,)
+    exact = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    ax.quiver(0 * along, 0 * along, along, across, color=GROUP_COLOURS["middle"], width=0.012, **exact)
+    ax.quiver(0, 0, np.linalg.norm(mean), 0, color="black", width=0.02, **exact)
+    reach = 1.1 * np.linalg.norm(updates, axis=1).max()
+    ax.set(xlim=(-reach / 2, reach), ylim=(-reach, reach), xlabel="along the mean", ylabel="across it", title=title)
     return ax

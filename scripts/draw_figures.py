@@ -213,8 +213,12 @@ def logo():
     )
 
 
-if __name__ == "__main__":
+def draw_all():
     clients_figure()
     rounds_figure()
     stages_figure()
     logo()
+
+
+if __name__ == "__main__":
+    draw_all()

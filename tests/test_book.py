@@ -1,0 +1,182 @@
+"""The rendered book in a real headless browser: it must be whole, quiet, readable and at home on a phone."""
+
+import functools
+import shutil
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HTML = ROOT / "_build" / "html"
+PAGES = sorted(str(p.relative_to(HTML)) for folder in ("book", "notebooks") for p in (HTML / folder).glob("*.html"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+pytestmark = pytest.mark.browser
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(HTML))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if program is None:
+        pytest.skip(f"no browser to look at the book with; install one of {', '.join(BROWSERS)}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """One page opened in one window; what the browser complained about and asked for."""
+
+    def __init__(self, browser, url, width=1280, scheme="light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page, self.complaints, self.requests = self.context.new_page(), [], []
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.complaints.append(f"failed: {request.url}"))
+        self.page.on("response", lambda r: self.complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url, wait_until="networkidle")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+    def ask(self, script):
+        return self.page.evaluate(script)
+
+
+def test_the_pages_are_there():
+    """Fails where the book was not built; the tests below are one each page."""
+    assert {"book/intro.html", "notebooks/01_long_tailed_clients.html"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page(browser, site, name, width, scheme):
+    with Visit(browser, site + name, width, scheme) as visit:
+        assert visit.complaints == []
+        assert [url for url in visit.requests if not url.startswith((site, "data:"))] == []
+        assert visit.ask("document.documentElement.dataset.theme") == scheme
+        assert visit.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+        pictures = visit.ask("[...document.querySelectorAll('.bd-article img')].map(i => [i.naturalWidth, i.alt])")
+        assert all(size > 0 and len(alt) > 20 for size, alt in pictures), pictures
+        math = visit.ask("[...document.querySelectorAll('.math')].map(e => e.querySelector('mjx-container') !== null)")
+        assert all(math), "an equation was not typeset"
+        assert visit.ask("document.querySelectorAll('mjx-merror').length") == 0
+        small = visit.ask(
+            "[...document.querySelectorAll('.bd-article p, .bd-article li, .bd-article td')]"
+            ".filter(e => e.innerText.trim() && parseFloat(getComputedStyle(e).fontSize) < 12).length"
+        )
+        assert small == 0, "text under 12 px"
+
+
+def test_chapters_have_equations_and_pictures(browser, site):
+    for name in (page for page in PAGES if page.startswith("notebooks/")):
+        with Visit(browser, site + name) as visit:
+            assert visit.ask("document.querySelectorAll('mjx-container').length") > 5
+            assert visit.ask("document.querySelectorAll('.bd-article img').length") > 3
+
+
+def test_text_can_be_read_in_both_themes(browser, site):
+    """WCAG contrast of body text, links and captions against their background: at least 4.5."""
+    for scheme in ("light", "dark"):
+        with Visit(browser, site + "book/intro.html", scheme=scheme) as visit:
+            for selector in (".bd-article p", ".bd-article p a", "figcaption", ".bd-article h1"):
+                colours = visit.page.evaluate(CONTRAST_SCRIPT, selector)
+                assert contrast(*colours) >= 4.5, (scheme, selector, colours)
+
+
+CONTRAST_SCRIPT = """selector => {
+  const element = document.querySelector(selector);
+  let behind = element, colour;
+  do { colour = getComputedStyle(behind).backgroundColor; behind = behind.parentElement }
+  while (behind && colour === 'rgba(0, 0, 0, 0)');
+  const numbers = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+  return [numbers(getComputedStyle(element).color), numbers(colour)];
+}"""
+
+
+def contrast(front, back):
+    def luminance(colour):
+        parts = [c / 255 / 12.92 if c <= 10.3 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    light, dark = sorted((luminance(front), luminance(back)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_it_opens_from_the_file_system(browser):
+    with Visit(browser, (HTML / "index.html").as_uri()) as visit:
+        visit.page.wait_for_url("**/book/intro.html")
+        visit.page.wait_for_load_state("networkidle")
+        assert "multimodal LLM" in visit.page.title() or "multimodal LLM" in visit.ask("document.body.innerText")
+        assert [url for url in visit.requests if not url.startswith(("file:", "data:"))] == []
+        assert visit.complaints == []
+
+
+def test_a_solution_opens(browser, site):
+    with Visit(browser, site + "notebooks/01_long_tailed_clients.html") as visit:
+        solution = visit.page.locator(".solution.dropdown").first
+        code = solution.locator(".cell_input").first
+        assert not code.is_visible()
+        solution.locator(".toggle-button, summary, button").first.click()
+        code.wait_for(state="visible", timeout=3000)
+
+
+def test_search_finds_a_term(browser, site):
+    with Visit(browser, site + "search.html?q=dirichlet") as visit:
+        visit.page.wait_for_selector("#search-results li", timeout=10_000)
+        assert visit.complaints == []
+
+
+# ------------------------------------------------------------------------------------------------ links, no browser
+
+
+class Links(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.links, self.anchors = [], set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        self.anchors |= {found[key] for key in ("id", "name") if found.get(key)}
+
+
+def test_every_link_inside_the_book_leads_somewhere():
+    pages = {page: Links(HTML / page) for page in PAGES}
+    for page, content in pages.items():
+        for link in content.links:
+            address, anchor = urldefrag(link)
+            if urlparse(address).scheme or link == "#":
+                continue
+            target = (HTML / page).parent / unquote(address) if address else HTML / page
+            assert target.resolve().is_file(), f"{page} links to {link}"
+            name = str(target.resolve().relative_to(HTML))
+            if anchor and name in pages:
+                assert unquote(anchor) in pages[name].anchors, f"{page} links to {link}"

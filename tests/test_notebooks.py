@@ -1,0 +1,147 @@
+"""What every chapter must have, and what no chapter may have. nbval checks the outputs themselves (make notebooks)."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = {path.name: nbformat.read(path, as_version=4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+PROSE = {path.name: path.read_text() for path in [*sorted((ROOT / "book").glob("*.md")), ROOT / "README.md"]}
+LITERALS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
+
+every_chapter = pytest.mark.parametrize("name", NOTEBOOKS)
+
+
+def code_cells(name):
+    return [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"]
+
+
+def prose(name):
+    return "\n\n".join(cell.source for cell in NOTEBOOKS[name].cells if cell.cell_type == "markdown")
+
+
+def parameters(name):
+    """name -> (type as written, value) of a chapter's parameters cell."""
+    (cell,) = [c for c in code_cells(name) if "parameters" in c.metadata.get("tags", [])]
+    return {
+        statement.target.id: (ast.unparse(statement.annotation), ast.literal_eval(statement.value))
+        for statement in ast.parse(cell.source).body
+    }
+
+
+@every_chapter
+def test_the_parameters_are_typed_literals_each_with_a_comment(name):
+    found = parameters(name)
+    assert 1 <= len(found) <= 12
+    assert all(isinstance(value, LITERALS[kind]) for kind, value in found.values())
+    assert "parameters" in code_cells(name)[0].metadata.get("tags", []), "the parameters come first"
+    assert all("  # " in line for line in code_cells(name)[0].source.splitlines())
+
+
+@every_chapter
+def test_outputs_are_committed_complete_and_clean(name):
+    """A cell without a count is compared with nothing by nbval; stderr would never compare equal."""
+    cells = code_cells(name)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make outputs`"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    assert len(outputs) >= 8
+    assert not any("papermill" in cell.metadata for cell in NOTEBOOKS[name].cells)
+
+
+@every_chapter
+def test_ignored_outputs_are_the_exception(name):
+    tags = [tag for cell in code_cells(name) for tag in cell.metadata.get("tags", [])]
+    assert set(tags) <= {"parameters", "nbval-ignore-output"}
+    assert tags.count("nbval-ignore-output") <= len(code_cells(name)) / 3
+
+
+@every_chapter
+def test_every_picture_has_a_description(name):
+    for cell in code_cells(name):
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 40, cell.source
+
+
+@every_chapter
+def test_cells_are_short(name):
+    lengths = [len(cell.source.splitlines()) for cell in code_cells(name)]
+    assert sorted(lengths)[len(lengths) // 2] <= 9 and max(lengths) <= 20
+    assert max(len(line) for cell in code_cells(name) for line in cell.source.splitlines()) <= 90
+
+
+@every_chapter
+def test_the_rhythm_of_a_chapter(name):
+    text = prose(name)
+    assert text.startswith("# ") and "```{figure}" in text.split("## ")[0], "a title, a claim and a drawing"
+    for heading in (
+        "At a glance",
+        "Set-up",
+        "Check yourself",
+        "At full scale",
+        "Summary",
+        "Exercises",
+        "Further reading",
+    ):
+        assert f"\n## {heading}\n" in text, heading
+    assert text.count("Predict first") == 1
+    assert text.count("{exercise-start}") == text.count("{solution-start}") == text.count(":class: dropdown") == 4
+    assert "torch.testing.assert_close(" in "\n".join(cell.source for cell in code_cells(name)), "define, then trust"
+    assert len(NOTEBOOKS[name].cells) > 2 * 12 and 800 <= len(re.findall(r"\w+", text)) <= 3500
+
+
+@every_chapter
+def test_the_voice_of_a_chapter(name):
+    words = re.findall(r"\b(simply|obviously|trivially|of course)\b", prose(name), re.I)
+    assert words == []
+
+
+def papermill_commands():
+    texts = {**PROSE, **{name: prose(name) for name in NOTEBOOKS}}
+    for where, text in texts.items():
+        for command in re.findall(r"^\s*\S*papermill notebooks/(?:.*\\\n)*.*", text, re.M):
+            yield where, shlex.split(command.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(("where", "words"), papermill_commands(), ids=str)
+def test_papermill_commands_in_the_text_name_real_parameters(where, words):
+    notebook = Path(words[1]).name
+    given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+    for key, value in given.items():
+        kind, _ = parameters(notebook)[key]
+        {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
+    assert given
+
+
+def test_there_are_such_commands():
+    assert len(list(papermill_commands())) >= 3
+
+
+def test_the_table_of_contents_lists_every_page():
+    toc = (ROOT / "_toc.yml").read_text()
+    listed = set(re.findall(r"(?:file|root): (\S+)", toc))
+    there = {f"book/{Path(n).stem}" for n in PROSE if n != "README.md"} | {
+        f"notebooks/{Path(n).stem}" for n in NOTEBOOKS
+    }
+    assert listed == there
+
+
+def test_the_api_page_lists_every_module():
+    modules = {path.stem for path in (ROOT / "mllmfl_lite").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"automodule:: mllmfl_lite\.(\w+)", PROSE["api.md"])) == modules
+
+
+def test_schematics_are_what_the_script_draws(tmp_path, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("draw_figures", ROOT / "scripts" / "draw_figures.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    monkeypatch.setattr(drawing, "FIGURES", tmp_path)
+    drawing.draw_all()
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (ROOT / "book" / "figures").iterdir()}
