@@ -4,7 +4,8 @@
 
 One round of FedAvg, the same clients and images for all. *Engine*: `mllmfl_lite.federated`, one worker a core.
 *Ordinary*: one PIL pipeline an image, a DataLoader, a deep copy of the model a client; with one torch thread, and with
-torch's default. Timings on shared machines are noisy, so every repeat runs all variants, and ratios are taken within a repeat.
+torch's default. Timings on shared machines are noisy, so every repeat runs all variants, and ratios are taken within a
+repeat.
 """
 
 import argparse

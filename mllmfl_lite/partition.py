@@ -124,7 +124,7 @@ def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Spl
 def dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, seed: int, min_per_client: int = 1, max_draws: int = 1000
 ) -> Split:
-    """Each class is dealt to the clients in proportions drawn from Dirichlet(alpha) (Hsu et al., 2019).
+    """Each class is dealt to the clients in proportions drawn from Dirichlet(alpha) (Yurochkin et al., 2019).
 
     Small `alpha`: a client sees few classes, and clients differ in size. Large `alpha`: close to IID. The whole draw
     is repeated until every client holds `min_per_client` images.

@@ -72,6 +72,7 @@ def class_bars(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | 
     ax = ax or plt.subplots()[1]
     bars = ax.bar(names, counts, color=colours_by_group(counts))
     ax.bar_label(bars, fontsize=8, padding=1)
+    ax.margins(y=0.1)
     ax.tick_params(axis="x", rotation=30)
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="images")
@@ -86,10 +87,13 @@ def group_legend(ax: Axes) -> None:
 
 
 def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
-    """Who holds what: a disc for each client (row of `counts`, shape (K, C)) and class, its area the images held."""
+    """Who holds what: a disc for each client (row of `counts`, shape (K, C)) and class.
+
+    Its area is the square root of the images held, so that plots can be compared and a tail of a few can be seen.
+    """
     ax = ax or plt.subplots()[1]
     clients, classes = np.nonzero(counts)
-    area = np.maximum(230 * counts[clients, classes] / counts.max(), 1.5)  # a single image is still a dot
+    area = 3.5 * np.sqrt(counts[clients, classes])
     colour = np.array(colours_by_group(counts.sum(0)))
     ax.scatter(classes, clients, s=area, c=colour[classes], linewidths=0)
     ax.set(title=title, ylabel="client", xlim=(-0.7, counts.shape[1] - 0.3), ylim=(counts.shape[0] - 0.3, -0.7))
@@ -113,14 +117,15 @@ def learning_curves(runs: dict[str, list[list[dict]]], title: str, ax: Axes | No
 
 
 def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes | None = None) -> Axes:
-    """Accuracy by head, middle and tail: for each condition the summaries of its seeds; whiskers: one deviation."""
+    """Accuracy by head, middle and tail: for each condition the summaries of its seeds; whiskers: ± one deviation."""
     ax = ax or plt.subplots()[1]
     positions = np.arange(len(summaries))
     for i, (group, colour) in enumerate(GROUP_COLOURS.items()):
         values = [100 * np.array([s["groups"][group] for s in seeds]) for seeds in summaries.values()]
         spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
         where = positions + 0.27 * (i - 1)
-        ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
+        bars = ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
+        ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     ax.set_xticks(positions, list(summaries))
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="test accuracy (%)")

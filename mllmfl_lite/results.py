@@ -88,3 +88,21 @@ def reported() -> dict:
 def committed_results(benchmark: str) -> list[dict]:
     """The results files that came with the repository, e.g. for ``"medium/cifar10_lt_if100"``; may be empty."""
     return load_results(RESULTS / benchmark)
+
+
+# Student's t, two-sided 5 %, by degrees of freedom
+T_CRITICAL = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def beyond_chance(differences: list[float]) -> bool:
+    """Whether paired differences have a mean other than zero, by a t-test at 5 %; a single one never has.
+
+    Raises:
+        ValueError: none, or more than ten differences.
+    """
+    if len(differences) == 1:
+        return False
+    if len(differences) - 1 not in T_CRITICAL:
+        raise ValueError(f"the t-test here takes 1 to 10 differences; got {len(differences)}")
+    mean, spread = mean_and_spread(differences)
+    return abs(mean) > T_CRITICAL[len(differences) - 1] * spread / len(differences) ** 0.5

@@ -150,7 +150,7 @@ def stages_figure():
         text(84, 50, "Stage 1 · pretrain", 15.5, INK, "start", "600"),
         lines(84, 68, ["on the server"], 13, anchor="start"),
         client(358, 32, 0.8),
-        text(394, 50, "Stage 2 · finetune", 15.5, INK, "start", "600"),
+        text(392, 50, "Stage 2 · finetune", 14.5, INK, "start", "600"),
         lines(394, 68, ["on the clients"], 13, anchor="start"),
         server(596, 36, 0.8),
         text(644, 50, "Stage 3 · align", 15.5, INK, "start", "600"),

@@ -73,6 +73,15 @@ def test_mean_and_spread():
     assert np.isnan(results.mean_and_spread([1.0])[1])
 
 
+def test_the_t_test_by_hand():
+    """Mean 2, deviation 1, three values: t = 3.46 < 4.303; with deviation 0.5 it is 6.93."""
+    assert not results.beyond_chance([1.0, 2.0, 3.0])
+    assert results.beyond_chance([1.5, 2.0, 2.5]) and results.beyond_chance([-1.5, -2.0, -2.5])
+    assert not results.beyond_chance([0.0, 0.0]) and not results.beyond_chance([5.0])
+    with pytest.raises(ValueError, match="takes 1 to 10 differences; got 0"):
+        results.beyond_chance([])
+
+
 def test_reported_figures_have_a_source():
     for entry in results.reported().values():
         assert entry["source"]

@@ -71,7 +71,7 @@ def test_every_picture_has_a_description(name):
 def test_cells_are_short(name):
     lengths = [len(cell.source.splitlines()) for cell in code_cells(name)]
     assert sorted(lengths)[len(lengths) // 2] <= 9 and max(lengths) <= 20
-    assert max(len(line) for cell in code_cells(name) for line in cell.source.splitlines()) <= 90
+    assert max(len(line) for cell in code_cells(name) for line in cell.source.splitlines()) <= 88
 
 
 @every_chapter
