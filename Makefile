@@ -30,7 +30,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv (several GB the first time; minutes)"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -r requirements.txt -e .
 	@touch $@
 
 book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html

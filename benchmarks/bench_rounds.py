@@ -10,7 +10,6 @@ repeat.
 
 import argparse
 import copy
-import os
 import statistics
 import subprocess
 import sys
@@ -28,10 +27,11 @@ from mllmfl_lite.data import load_images
 from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, weighted_mean
 from mllmfl_lite.models import build_model
 from mllmfl_lite.partition import iid
+from mllmfl_lite.repro import count_cores
 
 CLIENTS = 8
 IMAGES = {16: 200, 64: 48}  # images a client, by width: seconds a variant
-CORES = len(os.sched_getaffinity(0))
+CORES = count_cores()
 VARIANTS = ("engine", "ordinary, default threads", "ordinary, one thread")
 
 

@@ -41,6 +41,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             write_atomically(self.path / ".writable", b"")
+            (self.path / ".writable").unlink()
         except filelock.Timeout:
             raise CheckpointError(
                 f"{self.path} is in use by another run; wait for it, or choose another folder"

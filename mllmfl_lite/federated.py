@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from mllmfl_lite.data import ImageSet
 from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.partition import Split, check_split
-from mllmfl_lite.repro import numpy_generator, progress_bar, torch_generator
+from mllmfl_lite.repro import count_cores, numpy_generator, progress_bar, torch_generator
 
 State = dict[str, Tensor]
 EVAL_PART = 1000  # images a worker tests at a time
@@ -347,7 +346,7 @@ class _Rounds:
         self.split = [torch.from_numpy(np.ascontiguousarray(own)).to(device) for own in split]
         self.test_labels, self.num_classes = test.labels, test.num_classes
         self.groups = class_groups(train.subset(np.concatenate(split)).class_counts())
-        default = 1 if torch.device(device).type == "cuda" else len(os.sched_getaffinity(0))
+        default = 1 if torch.device(device).type == "cuda" else count_cores()
         self.worker_count = max(1, min(workers or default, settings.clients_per_round))
 
     def run(self, folder: RunFolder | None) -> FedResult:

@@ -66,6 +66,11 @@ def progress_bar(total: int, unit: str, label: str, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, unit=unit, desc=label, leave=False, disable=not somebody_looks())
 
 
+def count_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; ``"auto"`` is the GPU where there is one.
 
