@@ -107,7 +107,7 @@ def papermill_commands():
             yield where, shlex.split(command.replace("\\\n", " "))
 
 
-@pytest.mark.parametrize(("where", "words"), papermill_commands(), ids=str)
+@pytest.mark.parametrize(("where", "words"), list(papermill_commands()), ids=str)
 def test_papermill_commands_in_the_text_name_real_parameters(where, words):
     notebook = Path(words[1]).name
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
