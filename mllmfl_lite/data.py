@@ -1,7 +1,9 @@
-"""Labelled image sets: one uint8 array (N, H, W, C), its labels and its class names, behind one small function.
+"""Labelled image sets: one uint8 array (N, H, W, C), its labels and its class names, behind one small function::
 
-train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
-train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
+    train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
+    train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
+
+Every file is compared with a checksum before its images are handed out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Federated rounds: local training, the weighted mean, and the loop around them.
+"""Federated rounds: local training, the weighted mean, and the loop around them::
 
     result = run_federated(model, train, split, test, FedAvg(), FedSettings(rounds=20))
 

@@ -1,9 +1,11 @@
-"""Compact image models behind one small interface: feature map, features, token grid, head.
+"""Compact image models behind one small interface: feature map, features, token grid, head::
 
-model = build_model("resnet8", num_classes=10)
-model(x)              # logits (B, C)
-model.features(x)     # (B, D): what the head, CReFF and a linear probe see
-model.tokens(x, 4)    # (B, 16, D): a grid of visual tokens, what stage 1 puts before the language model
+    model = build_model("resnet8", num_classes=10)
+    model(x)              # logits (B, C)
+    model.features(x)     # (B, D): what the head, CReFF and a linear probe see
+    model.tokens(x, 4)    # (B, 16, D): a grid of visual tokens, what stage 1 puts before the language model
+
+Images x are float tensors (B, 3, H, W), normalised as `mllmfl_lite.batches` does it.
 """
 
 from __future__ import annotations

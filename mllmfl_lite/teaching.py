@@ -37,7 +37,7 @@ class Table:
 
 
 def percent(mean: float | None, spread: float | None = None) -> str:
-    """An accuracy in [0, 1] as per cent, with its spread where there is one: ``49.3 ± 1.2``; a dash for None."""
+    """An accuracy in [0, 1] as per cent, unbreakable, with its spread where there is one; a dash for None."""
     if mean is None:
         return "–"
-    return f"{100 * mean:.1f}" if spread is None else f"{100 * mean:.1f} ± {100 * spread:.1f}"
+    return f"{100 * mean:.1f}" if spread is None else f"{100 * mean:.1f}\u00a0±\u00a0{100 * spread:.1f}"

@@ -25,7 +25,7 @@ def test_tables_show_the_same_cells_everywhere():
 
 
 def test_percent():
-    assert (percent(0.4567), percent(0.4567, 0.012), percent(None)) == ("45.7", "45.7 ± 1.2", "–")
+    assert (percent(0.4567), percent(0.4567, 0.012), percent(None)) == ("45.7", "45.7\u00a0±\u00a01.2", "–")
 
 
 def test_group_colours_follow_rank():
