@@ -117,12 +117,15 @@ def run_experiment(
 
 
 def _finished(path: Path, experiment: Experiment) -> dict:
-    result, wanted = load_result(path), asdict(experiment)
-    other = [k for k in wanted if result["parameters"].get(k) != wanted[k]]
+    result = load_result(path)
+    there, now = _flat(result["parameters"]), _flat(asdict(experiment))
+    other = [f"{k} there {there.get(k)!r}, now {now.get(k)!r}" for k in {**there, **now} if there.get(k) != now.get(k)]
     if other:
         raise ResultError(
-            f"{path} holds a run with other parameters: "
-            + "; ".join(f"{k} there {result['parameters'].get(k)!r}, now {wanted[k]!r}" for k in other)
-            + "; choose another results folder"
+            f"{path} holds a run with other parameters ({'; '.join(other)}); set them back, or choose another folder"
         )
     return result
+
+
+def _flat(parameters: dict) -> dict:
+    return {**parameters, **parameters["settings"], "settings": None}
