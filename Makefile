@@ -75,6 +75,7 @@ _build/proved/%: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
 
 outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
+	@touch $(EXECUTED)  # they are the newer ones still
 
 bench: $(INSTALLED)  ## the engine beside the ordinary loop, same work, in one run
 	@$(BIN)/python benchmarks/bench_rounds.py
