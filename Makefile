@@ -16,11 +16,11 @@ BOOK := _build/html/.built
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser outputs bench clean
+.PHONY: help setup book serve test lint unit notebooks browser outputs annotations bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
 
 setup: $(INSTALLED)  ## make .venv and install requirements.txt into it
 
@@ -76,6 +76,9 @@ _build/proved/%: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
 outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
 	@touch $(EXECUTED)  # they are the newer ones still
+
+annotations: $(INSTALLED)  ## write the stand-in's annotations of the web pool anew, to the same bytes
+	@$(BIN)/python scripts/annotate_web.py
 
 bench: $(INSTALLED)  ## the engine beside the ordinary loop, same work, in one run
 	@$(BIN)/python benchmarks/bench_rounds.py

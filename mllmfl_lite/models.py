@@ -63,6 +63,17 @@ class CompactModel(nn.Module):
         return self.head(self.features(x))
 
 
+class _Shortcut(nn.Sequential):
+    """A strided 1x1 convolution and BatchNorm, with the stride taken first: the same numbers.
+
+    torch 2.15's backward pass of a strided 1x1 convolution writes beyond its memory on some CPUs (few channels,
+    channels last), which ends the process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.stride, :: self.stride])
+
+
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut, 1x1 where the shape changes (He et al., 2016)."""
 
@@ -74,7 +85,8 @@ class _BasicBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outside)
         self.shortcut = nn.Identity()
         if stride != 1 or inside != outside:
-            self.shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+            self.shortcut = _Shortcut(nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside))
+            self.shortcut.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.norm1(self.conv1(x)))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm.auto, in a notebook without widgets
 
 
 def stable_seed(*keys: int | str) -> int:

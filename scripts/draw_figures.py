@@ -199,6 +199,80 @@ def stages_figure():
     save("three_stages.svg", 850, 358, "The three stages of the method", *parts)
 
 
+def picture(x, y, side=64, cells=4):
+    """A photograph, cut into patches."""
+    sky, hull, sea = "#bcd7ee", "#8a5a3c", "#4f86b5"
+    w = side / cells
+    boat = (
+        box(0, 0, side, side, sky, radius=3)
+        + f'<rect y="{side * 0.62}" width="{side}" height="{side * 0.38}" fill="{sea}"/>'
+        + f'<path d="M{side * 0.15} {side * 0.55} h{side * 0.7} l{-side * 0.12} {side * 0.16} h{-side * 0.46} z" '
+        + f'fill="{hull}"/>'
+        + f'<path d="M{side * 0.48} {side * 0.52} v{-side * 0.36} l{side * 0.26} {side * 0.36} z" fill="#ffffff"/>'
+    )
+    grid = "".join(
+        f'<path d="M{i * w} 0 v{side} M0 {i * w} h{side}" stroke="#ffffff" stroke-width="1.4"/>'
+        for i in range(cells + 1)
+    )
+    return f'<g transform="translate({x} {y})">{boat}{grid}</g>'
+
+
+def row_of_tokens(x, y, count, colour, size=16, gap=4):
+    return "".join(box(x + i * (size + gap), y, size, size, colour, radius=3) for i in range(count))
+
+
+def llava_figure():
+    words = ["What", "is", "it", "?"]
+    parts = [
+        picture(30, 44),
+        text(62, 132, "a picture,", 13, QUIET),
+        text(62, 148, "in patches", 13, QUIET),
+        arrow(104, 76, 134, 76),
+        large_model(140, 40, 130, 72, ["vision encoder", "(CLIP's ViT)"]),
+        arrow(274, 76, 304, 76),
+        row_of_tokens(310, 68, 4, "#c9c0e6"),
+        text(348, 58, "one token a patch", 12.5, QUIET),
+        arrow(394, 76, 424, 76),
+        box(430, 48, 112, 56, "#ffffff", LARGE, 8),
+        lines(486, 72, ["projector", "two layers"], 13, LARGE),
+        arrow(546, 76, 576, 76),
+        row_of_tokens(582, 68, 4, LARGE),
+        text(622, 58, "visual tokens", 12.5, QUIET),
+        text(30, 242, "a question", 13, QUIET, "start"),
+        arrow(622, 94, 322, 192),
+    ]
+    for i, word in enumerate(words):
+        parts += [box(110 + 50 * i, 224, 44, 26, "#ffffff", QUIET, 5), text(132 + 50 * i, 242, word, 12.5)]
+    parts += [
+        row_of_tokens(240, 192, 4, LARGE),
+        arrow(310, 237, 380, 224),
+        arrow(326, 202, 380, 212),
+        large_model(386, 180, 190, 76, ["language model", "(a Llama)"], frozen=False),
+        arrow(580, 218, 612, 218),
+        lines(694, 204, ["“It is a boat.”", "one token after", "the other"], 13.5, INK),
+        text(290, 282, "pictures become words of the language model’s own kind", 13, INK),
+    ]
+    save("02_llava.svg", 790, 302, "How a LLaVA is put together", *parts)
+
+
+def recipe_figure():
+    steps = [
+        ("1", "encoder", ["CLIP’s ViT learns", "from labels and", "a larger CLIP"], "pictures"),
+        ("2", "language", ["the Llama learns", "to write, without", "any picture"], "texts"),
+        ("3", "alignment", ["the projector alone", "learns to turn", "patches to words"], "pictures + texts"),
+        ("4", "instruction", ["projector and Llama", "learn to answer", "every prompt"], "pictures + texts"),
+    ]
+    parts = []
+    for i, (number, name, rows, fed) in enumerate(steps):
+        x = 18 + 196 * i
+        parts += [box(x, 20, 176, 150, SERVER), text(x + 16, 48, number, 20, LARGE, "start", "600")]
+        parts += [text(x + 40, 47, name, 15, INK, "start", "600"), lines(x + 88, 78, rows, 13.5, INK)]
+        parts += [text(x + 88, 152, f"fed with {fed}", 12.5, QUIET)]
+        if i < 3:
+            parts.append(arrow(x + 178, 95, x + 193, 95))
+    save("a1_recipe.svg", 800, 190, "Four steps to a LLaVA", *parts)
+
+
 def logo():
     parts = [
         box(2, 2, 60, 60, "#1f3550", radius=14),
@@ -217,6 +291,8 @@ def draw_all():
     clients_figure()
     rounds_figure()
     stages_figure()
+    llava_figure()
+    recipe_figure()
     logo()
 
 

@@ -83,3 +83,13 @@ def test_unknown_models_and_sizes_are_refused():
         build_model("vgg", 10)
     with pytest.raises(ValueError, match="width must be at least 1; got 0"):
         resnet8(10, width=0)
+
+
+def test_the_shortcut_is_a_strided_convolution():
+    """Stride first, then 1x1: the same numbers as torch's own strided convolution, in float64."""
+    block = resnet8(3, width=4).body[4].double().eval()
+    x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
+    conv, norm = block.shortcut
+    expected = norm(torch.nn.functional.conv2d(x, conv.weight, stride=2))
+    assert block.shortcut.stride == 2
+    torch.testing.assert_close(block.shortcut(x), expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mllmfl_lite import plotting
-from mllmfl_lite.teaching import Table, check, percent
+from mllmfl_lite.teaching import Gallery, Table, check, percent, safe
 
 
 def test_check_answers_back():
@@ -51,3 +51,37 @@ def test_plots_draw_what_they_are_given():
     assert [bar.get_height() for bar in bars] == pytest.approx([60, 20, 10])
     plotting.image_rows({"row": np.zeros((2, 4, 4, 3), np.uint8)}, "t")
     plt.close("all")
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "[a](javascript:alert(1))",
+    "`x` $y$ **z** | w",
+    "&lt;b&gt;",
+)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_strangers_text_stays_text(hostile):
+    import html
+
+    shown = safe(hostile)
+    assert not set(shown) & set("<>\"'`*[]|$") and html.unescape(shown) == hostile
+
+
+def test_control_characters_and_long_texts_are_tamed():
+    assert safe("a\x00b\x1b[31mc\u202ed\ne") == "ab&#91;31mcd\ne"
+    long = safe("x" * 100_000)
+    assert len(long) < 500 and long.endswith("… (100,000 characters)")
+
+
+def test_a_gallery_shows_pictures_and_escaped_text():
+    image = np.zeros((32, 32, 3), np.uint8)
+    shown = Gallery([image], [{"said": "<b>bold</b>\nnew line"}], ['a "black" square'])._repr_html_()
+    assert (
+        shown.count("<img ") == 1 and "data:image/png;base64," in shown and 'alt="a &quot;black&quot; square"' in shown
+    )
+    assert "<b>bold" not in shown and "<br>new line" in shown
+    with pytest.raises(ValueError, match="one alt text a picture: 1 pictures, 1, 0"):
+        Gallery([image], [{}], [])

@@ -1,0 +1,44 @@
+"""Annotate the web part of `cifar10_mini` with the bundled stand-in: what later chapters read.
+
+    make annotations                                       # two cores: some minutes; goes on after a kill
+    python scripts/annotate_web.py --first 60 --out x.gz   # the first pictures only
+
+The texts depend on the bundled weights alone; the file is packed without times: the same texts, the same bytes.
+"""
+
+import argparse
+import gzip
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mllmfl_lite.annotate import WEB_ANNOTATIONS, TransformersBackend, annotate
+from mllmfl_lite.data import load_images
+from mllmfl_lite.pictures import array_source
+from mllmfl_lite.repro import write_atomically
+from mllmfl_lite.teacher import load_mllm
+
+
+def pack(records) -> bytes:
+    lines = "".join(json.dumps(asdict(replace(record, time=""))) + "\n" for record in records)
+    return gzip.compress(lines.encode(), mtime=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--first", type=int, help="only so many pictures")
+    parser.add_argument("--out", type=Path, default=WEB_ANNOTATIONS)
+    args = parser.parse_args()
+
+    source = array_source(load_images("cifar10_mini", "web")).first(args.first)
+    backend = TransformersBackend(load_mllm(device="cpu", dtype="float32", batch_size=60), max_new_tokens=64)
+    journal = args.out.with_suffix(".jsonl")
+    summary = annotate(source, backend, journal, tell=print)
+    write_atomically(args.out, pack(summary.records))
+    for left in (journal, Path(f"{journal}.lock")):
+        left.unlink(missing_ok=True)
+    print(f"{len(summary.records)} records in {summary.seconds:.0f} s: {args.out}, {args.out.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
