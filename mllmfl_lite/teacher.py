@@ -197,16 +197,24 @@ class MllmTeacher(Teacher):
         batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         return batch
 
+    def question_ids(self, prompt: str) -> list[int]:
+        """The ids of a question about one picture: chat, the picture's places, the prompt."""
+        return self.inputs([Image.new("RGB", (64, 64))], [prompt])["input_ids"][0].tolist()
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer as the model itself would write it, its end included."""
+        tokenizer = self.processor.tokenizer
+        ids = [*tokenizer(f" {text}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        # SentencePiece writes a leading space as a token of its own, which a chat model does not answer with
+        return ids[1:] if len(ids) > 2 and not tokenizer.decode(ids[:1]).strip() else ids
+
     def answer_log_likelihoods(self, images: Sequence, answers: Sequence[str], prompt: str) -> Tensor:
         """Log-probability of each answer, its end included, after the prompt: float32 (N, A), in nats.
 
         The picture and the prompt pass through the model once; each answer continues from that cache.
         """
         tokenizer = self.processor.tokenizer
-        rows = [
-            [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id] for answer in answers
-        ]
-        rows = [_without_leading_space(tokenizer, row) for row in rows]
+        rows = [self.answer_ids(answer) for answer in answers]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows], device=self.device)
         real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows], device=self.device)
@@ -242,11 +250,6 @@ class MllmTeacher(Teacher):
 
         prompt = prompt or load_prompts()["class_name"]
         return self.answer_log_likelihoods(images, [spoken(name) for name in names], prompt).softmax(1)
-
-
-def _without_leading_space(tokenizer, row: list[int]) -> list[int]:
-    """SentencePiece tokenizers write a leading space as a token of its own, which a chat model does not answer with."""
-    return row[1:] if len(row) > 2 and not tokenizer.decode(row[:1]).strip() else row
 
 
 def _as_pil(image) -> Image.Image:
@@ -342,53 +345,91 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------- features on the disk
 
 
-def stored(
-    teacher: Teacher, what: str, data: ImageSet, folder: str | Path, indices: np.ndarray | None = None
-) -> np.ndarray:
-    """Features or tokens of a data set, computed once: float16 (len(indices), ...), in the order of `indices`.
+class StoredFeatures:
+    """Features or tokens of a data set, computed once, read by index: ``stored[indices]`` -> float16 (B, ...).
 
-    One file holds 1,024 images, written whole or not at all, so that a killed run goes on where it was. The folder's
-    name is made of the data's checksum and the model's, so that no other images' or model's numbers are ever read.
+    One file holds 1,024 images, written whole or not at all, so that a killed run goes on where it was. Files are
+    mapped, not loaded. The folder's name is made of the data's checksum and the model's, so that no other images' or
+    model's numbers are ever read.
 
     Args:
         teacher: computes what is missing.
         what: ``"features"`` or ``"tokens"``.
         data: the images.
         folder: where features are kept.
-        indices: image numbers; all by default.
 
     Raises:
-        ValueError: no such thing to store, or an index beyond the data.
-        TeacherError: a file is damaged.
+        ValueError: no such thing to store; when read, an index beyond the data.
+        TeacherError: when read, a file is damaged or belongs to another model or other images.
     """
-    if what not in ("features", "tokens"):
-        raise ValueError(f"what is 'features' or 'tokens'; got {what!r}")
-    indices = np.arange(len(data)) if indices is None else np.asarray(indices)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(data):
-        raise ValueError(f"indices must lie in 0..{len(data) - 1}; these run from {indices.min()} to {indices.max()}")
-    place = Path(folder) / f"{data.origin.replace('/', '-')}-{data.checksum()[:12]}" / f"{teacher.identity}-{what}"
-    place.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place / ".lock"):
-        return _gather(teacher, what, data, place, indices)
+
+    def __init__(self, teacher: Teacher, what: str, data: ImageSet, folder: str | Path):
+        if what not in ("features", "tokens"):
+            raise ValueError(f"what is 'features' or 'tokens'; got {what!r}")
+        self.teacher, self.what, self.data = teacher, what, data
+        self._key = {"model": teacher.identity, "data": data.checksum(), "what": what}
+        images = f"{data.origin.replace('/', '-')}-{self._key['data'][:12]}"
+        self.place = Path(folder) / images / f"{teacher.identity}-{what}"
+        self._open: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices)
+        if not len(indices):
+            return np.empty((0,), np.float16)
+        if not 0 <= indices.min() <= indices.max() < len(self.data):
+            raise ValueError(
+                f"indices must lie in 0..{len(self.data) - 1}; these run from {indices.min()} to {indices.max()}"
+            )
+        self._compute(sorted({int(c) for c in indices // CHUNK} - set(self._open)))
+        out = None
+        for c in np.unique(indices // CHUNK).tolist():
+            mine = np.flatnonzero(indices // CHUNK == c)
+            out = np.empty((len(indices), *self._open[c].shape[1:]), np.float16) if out is None else out
+            out[mine] = self._open[c][indices[mine] % CHUNK]
+        return out
+
+    def _compute(self, chunks: list[int]) -> None:
+        """Open these files; compute those that are not there."""
+        if not chunks:
+            return
+        self.place.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self.place / ".lock"):
+            self._same_key()
+            missing = [c for c in chunks if not self._path(c).exists()]
+            with progress_bar(len(missing) * CHUNK, "images", self.what) as bar:
+                for c in missing:
+                    values = getattr(self.teacher, self.what)(self.data.images[c * CHUNK : (c + 1) * CHUNK])
+                    write_atomically(self._path(c), _as_npy(values.half().numpy()))
+                    bar.update(CHUNK)
+        for c in chunks:
+            self._open[c] = _read_npy(self._path(c), min(CHUNK, len(self.data) - c * CHUNK))
+
+    def _same_key(self) -> None:
+        """The folder's name could have been given by hand: what made its files is written inside, too."""
+        made_by = self.place / "made_by.json"
+        if not made_by.exists():
+            write_json(made_by, self._key)
+        elif (found := json.loads(made_by.read_text())) != self._key:
+            other = "; ".join(f"{k}: {found.get(k)}, now {v}" for k, v in self._key.items() if found.get(k) != v)
+            raise TeacherError(
+                f"{self.place} holds features of another origin ({other}); remove the folder, and they are computed "
+                "again, or name another one"
+            )
+
+    def _path(self, chunk: int) -> Path:
+        return self.place / f"{chunk:05d}.npy"
 
 
-def _gather(teacher: Teacher, what: str, data: ImageSet, place: Path, indices: np.ndarray) -> np.ndarray:
-    needed = np.unique(indices // CHUNK)
-    missing = [c for c in needed if not (place / f"{c:05d}.npy").exists()]
-    if missing:
-        write_json(place / "made_by.json", {"model": teacher.identity, "data": data.checksum(), "what": what})
-    with progress_bar(len(missing) * CHUNK, "images", what) as bar:
-        for c in missing:
-            values = getattr(teacher, what)(data.images[c * CHUNK : (c + 1) * CHUNK]).half().numpy()
-            write_atomically(place / f"{c:05d}.npy", _as_npy(values))
-            bar.update(CHUNK)
-    out = None
-    for c in needed:
-        part = _read_npy(place / f"{c:05d}.npy", min(CHUNK, len(data) - c * CHUNK))
-        mine = np.flatnonzero(indices // CHUNK == c)
-        out = np.empty((len(indices), *part.shape[1:]), part.dtype) if out is None else out
-        out[mine] = part[indices[mine] % CHUNK]
-    return out if out is not None else np.empty((0,), np.float16)
+def stored(
+    teacher: Teacher, what: str, data: ImageSet, folder: str | Path, indices: np.ndarray | None = None
+) -> np.ndarray:
+    """All of them at once: float16 (len(indices), ...), in the order of `indices`, by default of the data.
+
+    Raises:
+        ValueError: as `StoredFeatures`.
+        TeacherError: as `StoredFeatures`.
+    """
+    return StoredFeatures(teacher, what, data, folder)[np.arange(len(data)) if indices is None else indices]
 
 
 def _as_npy(values: np.ndarray) -> bytes:

@@ -66,7 +66,7 @@ class Gallery:
     Args:
         images: uint8 arrays (H, W, 3).
         texts: for each picture a caption and its text, or several: ``{"caption": "text", ...}``.
-        alts: for each picture what it shows, for those who do not see it.
+        alts: for each picture what it really shows: written below it, and read to those who do not see it.
         size: pixels on the screen, a side.
     """
 
@@ -95,6 +95,9 @@ class Gallery:
         )
         return (
             '<div style="display:flex;gap:1em;align-items:flex-start;margin:0 0 1em 0">'
+            '<figure style="flex:none;margin:0">'
             f'<img src="{source}" alt="{html.escape(alt)}" width="{self.size}" height="{self.size}" '
-            f'style="image-rendering:pixelated;flex:none;border-radius:4px"><div>{paragraphs}</div></div>'
+            'style="image-rendering:pixelated;border-radius:4px;display:block">'
+            f'<figcaption style="width:{self.size}px;font-size:.85em;color:inherit">{safe(alt)}</figcaption></figure>'
+            f"<div>{paragraphs}</div></div>"
         )

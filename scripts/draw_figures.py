@@ -257,7 +257,7 @@ def llava_figure():
 
 def recipe_figure():
     steps = [
-        ("1", "encoder", ["CLIP’s ViT learns", "from labels and", "a larger CLIP"], "pictures"),
+        ("1", "encoder", ["a ViT learns from", "labels and from", "tiny-clip"], "pictures"),
         ("2", "language", ["the Llama learns", "to write, without", "any picture"], "texts"),
         ("3", "alignment", ["the projector alone", "learns to turn", "patches to words"], "pictures + texts"),
         ("4", "instruction", ["projector and Llama", "learn to answer", "every prompt"], "pictures + texts"),
