@@ -47,15 +47,21 @@ class CompactModel(nn.Module):
     def tokens(self, x: Tensor, grid: int) -> Tensor:
         """Images (B, 3, H, W) -> visual tokens (B, grid * grid, D), row by row.
 
+        A larger feature map is pooled to the grid, a smaller one is repeated.
+
         Raises:
-            ValueError: the feature map is smaller than the grid or does not divide by it.
+            ValueError: neither side divides the other.
         """
         maps = self.feature_map(x)
-        height, width = maps.shape[2:]
-        if grid < 1 or height % grid or width % grid:
-            raise ValueError(
-                f"the token grid must divide the feature map; the map is {height} x {width}, the grid {grid} x {grid}"
-            )
+        for axis in (2, 3):
+            side = maps.shape[axis]
+            if grid < 1 or (side % grid and grid % side):
+                raise ValueError(
+                    f"the token grid and the feature map must divide one another; the map is {maps.shape[2]} x "
+                    f"{maps.shape[3]}, the grid {grid} x {grid}; choose another image size"
+                )
+            if side < grid:
+                maps = maps.repeat_interleave(grid // side, axis)
         return adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:

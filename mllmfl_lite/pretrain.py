@@ -38,6 +38,7 @@ from mllmfl_lite.repro import numpy_generator, pick_device, progress_bar, torch_
 from mllmfl_lite.teacher import MllmTeacher, StoredFeatures
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+START_IMAGES = 256  # looked at to give the projection its start
 STAIRS = 4  # levels of the schedule "step": 0, 1/3, 2/3, 1
 
 
@@ -390,6 +391,7 @@ class CompactEncoder(nn.Module):
     def __init__(self, model: CompactModel, grid: int, hidden: int):
         super().__init__()
         self.model, self.grid = model, grid
+        self.model.head.requires_grad_(False)
         self.projection = nn.Sequential(nn.Linear(model.num_features, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -407,9 +409,10 @@ class CompactEncoder(nn.Module):
         last, statistics = self.projection[-1], copy.deepcopy(self.state_dict())
         own = self.train()(x)
         self.load_state_dict(statistics)  # looking must not move BatchNorm's averages
-        middle = visual.mean((0, 1))
-        last.weight.mul_((visual - middle).std() / (own - own.mean((0, 1))).std().clamp(min=1e-6))
-        last.bias.copy_(middle)
+        middle, own_middle = visual.mean((0, 1)), own.mean((0, 1))
+        scale = (visual - middle).std() / (own - own_middle).std().clamp(min=1e-6)
+        last.weight.mul_(scale)
+        last.bias.copy_(middle - scale * (own_middle - last.bias))
 
 
 class FrozenReader:
@@ -543,11 +546,12 @@ def pretrain(
     """
     run = _Run(model, mllm, views, texts, settings or PretrainSettings(), pick_device(device), label)
     if folder is None:
-        return run.go(None)
+        return run.go(None, None)
+    kept = RunFolder(folder, run.identity())
     if not run.accelerator.is_main_process:
-        return run.go(None)  # one process keeps the folder; resuming starts all of them from its checkpoint
-    with RunFolder(folder, run.identity()) as kept:
-        return run.go(kept)
+        return run.go(kept.load(), None)  # all go on from the checkpoint, one writes it
+    with kept:
+        return run.go(kept.load(), kept)
 
 
 class _Run:
@@ -596,10 +600,11 @@ class _Run:
             "initial_weights": weights.hexdigest(),
         }
 
-    def go(self, folder: RunFolder | None) -> Pretrained:
+    def go(self, found: tuple | None, folder: RunFolder | None) -> Pretrained:
+        """From a checkpoint, or from the start, to the end."""
         settings = self.settings
-        optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        found = folder.load() if folder else None
+        trained = list(self._trained().values())
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         if found:
             self._restore(found, optimizer)
         else:
@@ -618,12 +623,16 @@ class _Run:
                 step = len(self.history)
                 if folder and (step % settings.checkpoint_every == 0 or step == self.steps):
                     self._save(folder, optimizer)
-        encoder = self.encoder.eval()
-        return Pretrained(encoder.model.cpu(), encoder.projection.cpu().state_dict(), self.history, self.seconds)
+        model, projection = self.encoder.model.cpu().eval(), self.encoder.projection.cpu().state_dict()
+        model.head.requires_grad_(True)
+        return Pretrained(model, projection, self.history, self.seconds)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
 
     def _start(self) -> None:
-        rows = self.texts.batches(min(256, len(self.texts)) // 2 or 1, self.settings.seed, 0)[0]
-        where = np.unique(self.texts.image[rows])
+        rng = numpy_generator(self.settings.seed, "start")
+        where = np.sort(rng.permutation(np.unique(self.texts.image))[:START_IMAGES])
         with torch.no_grad():
             visual = self.reader.project(self.views.tokens(where)).float()
             self.encoder.start_like(self.views.compact(where, None), visual.to(next(self.encoder.parameters()).device))
@@ -680,7 +689,7 @@ class _Run:
         return PretrainDiverged(step, ids, saved)
 
     def _save(self, folder: RunFolder, optimizer) -> None:
-        names = dict(enumerate(name for name, _ in self.encoder.named_parameters()))
+        names = list(self._trained())
         moments = {
             f"optimizer.{names[i]}.{key}": value.float().cpu()
             for i, state in optimizer.state_dict()["state"].items()
@@ -694,7 +703,7 @@ class _Run:
         _, tensors, record = found
         self.encoder.load_state_dict(_within(tensors, "encoder."))
         state = optimizer.state_dict()
-        for i, (name, _) in enumerate(self.encoder.named_parameters()):
+        for i, name in enumerate(self._trained()):
             state["state"][i] = _within(tensors, f"optimizer.{name}.")
         optimizer.load_state_dict(state)
         self.history, self.seconds = record["history"], record["seconds"]
