@@ -1,4 +1,4 @@
-"""How good a model is: top-1, per class, by class group, from one confusion matrix; and how good its features are."""
+"""How good a model is: top-1, per class, and by class group, all from one confusion matrix."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.batches import Batches
-from mllmfl_lite.models import CompactModel
 from mllmfl_lite.partition import rank_thirds, shot_groups
 
 EVAL_BATCH = 250
@@ -74,45 +72,3 @@ def metrics_from_confusion(confusion: np.ndarray, groups: dict[str, list[int]]) 
 def _mean(per_class: list[float | None], classes: list[int]) -> float | None:
     values = [per_class[c] for c in classes if per_class[c] is not None]
     return float(np.mean(values)) if values else None
-
-
-@torch.inference_mode()
-def embed(model: CompactModel, batches: Batches) -> torch.Tensor:
-    """The features of all images, float32 (N, D), in evaluation mode."""
-    model.eval()
-    return torch.cat([model.features(batches.plain(part)) for part in torch.arange(len(batches)).split(EVAL_BATCH)])
-
-
-def linear_probe(
-    features: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, num_classes: int, decay: float = 1e-3
-) -> torch.Tensor:
-    """Predictions (M,) of a linear classifier on frozen features: how much a straight cut can tell the classes apart.
-
-    Multinomial logistic regression on features scaled to unit variance, solved by L-BFGS, so without any randomness.
-
-    Args:
-        features: float (N, D), to learn from.
-        labels: int64 (N,).
-        test_features: float (M, D), to classify.
-        num_classes: C.
-        decay: the weight of the squared norm of the C x D matrix.
-
-    Raises:
-        ValueError: not one label for each feature.
-    """
-    if len(features) != len(labels) or not len(labels):
-        raise ValueError(f"one label a feature, at least one: {len(features)} features, {len(labels)} labels")
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    known, asked = ((part - mean).div(spread).clone() for part in (features, test_features))
-    weight = torch.zeros(known.shape[1], num_classes, requires_grad=True)
-    bias = torch.zeros(num_classes, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        solver.zero_grad()
-        value = cross_entropy(known @ weight + bias, labels) + decay * weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return (asked @ weight + bias).detach().argmax(1)

@@ -10,11 +10,14 @@ Images x are float tensors (B, 3, H, W), normalised as `mllmfl_lite.batches` doe
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mllmfl_lite.repro import stable_seed
+from mllmfl_lite.repro import stable_seed, write_atomically
 
 
 class CompactModel(nn.Module):
@@ -140,6 +143,36 @@ def build_model(name: str, num_classes: int, width: int = 64, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator: give it back after
         torch.manual_seed(stable_seed(seed, "initial weights"))
         return resnet8(num_classes, width) if name == "resnet8" else resnet50(num_classes)
+
+
+def save_model(path: str | Path, model: CompactModel, name: str, width: int = 64) -> None:
+    """Write a model's weights as safetensors, with what `load_model` needs to build it again.
+
+    Args:
+        path: the file.
+        model: what `build_model` made, trained or not.
+        name: as given to `build_model`.
+        width: as given to `build_model`.
+    """
+    about = {"name": name, "width": str(width), "num_classes": str(model.head.out_features)}
+    content = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    write_atomically(Path(path), safetensors.torch.save(content, about))
+
+
+def load_model(path: str | Path) -> CompactModel:
+    """The model that `save_model` wrote.
+
+    Raises:
+        ValueError: no such file, or not written by `save_model`.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        model = build_model(about["name"], int(about["num_classes"]), int(about["width"]))
+        model.load_state_dict(tensors)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model written by save_model ({error})") from error
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

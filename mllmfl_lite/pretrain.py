@@ -34,7 +34,7 @@ from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.pictures import PictureSource
-from mllmfl_lite.repro import numpy_generator, pick_device, progress_bar, torch_generator, write_json
+from mllmfl_lite.repro import numpy_generator, pick_device, progress_bar, stable_seed, torch_generator, write_json
 from mllmfl_lite.teacher import MllmTeacher, StoredFeatures
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -415,6 +415,39 @@ class CompactEncoder(nn.Module):
         last.bias.copy_(middle - scale * (own_middle - last.bias))
 
 
+def new_encoder(
+    model: CompactModel, mllm: MllmTeacher, views: Views, texts: Texts, seed: int, device: str | torch.device = "cpu"
+) -> CompactEncoder:
+    """What training starts from: a copy of `model`, and a new projection with the mean and spread of the MLLM's own.
+
+    Args:
+        model: the compact model.
+        mllm: the frozen LLaVA.
+        views: the pictures; up to `START_IMAGES` of them are looked at.
+        texts: their questions say how many visual tokens the MLLM reads.
+        seed: of the projection's weights.
+        device: where it will be trained.
+
+    Raises:
+        PretrainError: the MLLM's visual tokens are no square grid.
+        ValueError: the compact model's feature map does not fit the grid.
+    """
+    reader = FrozenReader(mllm)
+    places = texts.questions[0].count(reader.image_token)
+    grid = math.isqrt(places)
+    if grid * grid != places:
+        raise PretrainError(f"the MLLM reads {places} visual tokens, which is no square grid")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed(seed, "projection"))
+        encoder = CompactEncoder(copy.deepcopy(model), grid, reader.hidden)
+    encoder.to(device, memory_format=torch.channels_last)
+    rng = numpy_generator(seed, "start")
+    where = np.sort(rng.permutation(np.unique(texts.image))[:START_IMAGES])
+    visual = reader.project(views.tokens(where)).float().to(device)
+    encoder.start_like(views.compact(where, None), visual)
+    return encoder
+
+
 class FrozenReader:
     """The frozen half: the MLLM's projector P_clip and its language model.
 
@@ -562,16 +595,7 @@ class _Run:
         self.given = model
         if len(texts) and texts.image.max() >= len(views):
             raise PretrainError(f"a text is about image {texts.image.max()}, but there are only {len(views)} images")
-        places = sum(token == mllm.model.config.image_token_index for token in texts.questions[0])
-        grid = math.isqrt(places)
-        if grid * grid != places:
-            raise PretrainError(f"the MLLM reads {places} visual tokens, which is no square grid")
         self.accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=settings.accumulate)
-        self.reader = FrozenReader(mllm, settings.gradient_checkpointing)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_generator(settings.seed, "projection").initial_seed())
-            self.encoder = CompactEncoder(copy.deepcopy(model), grid, self.reader.hidden)
-        self.encoder.to(device, memory_format=torch.channels_last)
         processes = self.accelerator.num_processes
         per_epoch = len(texts.batches(settings.batch_size * processes, settings.seed, 0))
         if not per_epoch:
@@ -579,6 +603,8 @@ class _Run:
                 f"{len(texts)} texts do not fill one batch of {settings.batch_size * processes}; lower batch_size"
             )
         self.steps = settings.epochs * per_epoch // settings.accumulate
+        self.encoder = new_encoder(model, mllm, views, texts, settings.seed, device)
+        self.reader = FrozenReader(mllm, settings.gradient_checkpointing)
         self.history: list[dict] = []
         self.seconds = 0.0
 
@@ -607,8 +633,6 @@ class _Run:
         optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
         if found:
             self._restore(found, optimizer)
-        else:
-            self._start()
         trained, optimizer = self.accelerator.prepare(self.encoder, optimizer)
         if settings.compile:
             trained = torch.compile(trained)
@@ -629,13 +653,6 @@ class _Run:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
-
-    def _start(self) -> None:
-        rng = numpy_generator(self.settings.seed, "start")
-        where = np.sort(rng.permutation(np.unique(self.texts.image))[:START_IMAGES])
-        with torch.no_grad():
-            visual = self.reader.project(self.views.tokens(where)).float()
-            self.encoder.start_like(self.views.compact(where, None), visual.to(next(self.encoder.parameters()).device))
 
     def _batches_from(self, done: int):
         """For each step its batches of row numbers, this process's share of them."""

@@ -75,13 +75,14 @@ def count_cores() -> int:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; ``"auto"`` is the GPU where there is one.
+    """The device of that name; ``"auto"`` is the GPU where there is one, each process's own under a launcher.
 
     Raises:
         ValueError: a CUDA device is asked for and there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and accelerate launch
+        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
     return torch.device(name)

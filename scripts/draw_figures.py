@@ -87,6 +87,7 @@ def save(name, width, height, title, *parts):
     )
 
 
+HANDOVER = ["#5b4b8a", "#4f5789", "#436388", "#376f86", "#2a7b84", "#1e8780", "#0f817b", "#00795a"]  # LARGE to SMALL
 ALL = [78, 47, 28, 17, 11, 8, 6, 4.5, 3.5, 3]
 
 
@@ -255,6 +256,66 @@ def llava_figure():
     save("02_llava.svg", 790, 302, "How a LLaVA is put together", *parts)
 
 
+def handover_figure():
+    parts = [
+        picture(24, 96),
+        text(62, 184, "an open picture", 13, QUIET),
+        arrow(98, 112, 138, 78),
+        arrow(98, 144, 138, 180),
+        large_model(144, 40, 128, 66, ["CLIP encoder", "f, frozen"]),
+        box(284, 46, 62, 54, "#ffffff", LARGE, 8, "6 4"),
+        lines(315, 78, ["P_clip"], 13, LARGE),
+        small_model(166, 160, 1.1),
+        lines(244, 176, ["compact", "model g"], 13, SMALL),
+        box(284, 154, 62, 54, "#ffffff", SMALL, 8),
+        lines(315, 186, ["P_s"], 13, SMALL),
+        row_of_tokens(362, 66, 4, LARGE, 15),
+        row_of_tokens(362, 174, 4, SMALL, 15),
+        text(400, 54, "× (1 − α)", 14, LARGE),
+        text(400, 212, "× α", 14, SMALL),
+        arrow(444, 78, 476, 116),
+        arrow(444, 178, 476, 140),
+        text(490, 136, "+", 24, INK, weight="600"),
+        arrow(504, 128, 536, 128),
+        large_model(542, 84, 120, 88, ["language", "model, frozen"]),
+        text(602, 62, "“Describe the picture.”", 12.5, QUIET),
+        arrow(602, 68, 602, 82),
+        arrow(664, 128, 684, 128),
+        lines(738, 114, ["how likely is", "“A blue boat.”,", "the annotation?"], 12, INK),
+        '<path d="M740 166 C740 262 420 262 220 226" stroke="#D55E00" stroke-width="2" fill="none" '
+        'stroke-dasharray="7 4" marker-end="url(#tip)"/>',
+        text(560, 262, "gradients train g and P_s alone", 13, "#a84a00"),
+        text(24, 300, "α = 0", 13, LARGE, "start", "600"),
+        *[box(78 + 80 * i, 288, 78, 14, colour, radius=0) for i, colour in enumerate(HANDOVER)],
+        text(800 - 24, 300, "α = 1", 13, SMALL, "end", "600"),
+        text(400, 326, "over the steps of training, one encoder leaves and the other stays", 13, QUIET),
+    ]
+    save("03_handover.svg", 800, 344, "Dynamic Weighted Pretraining hands the encoder over", *parts)
+
+
+def scarce_figure():
+    rows = [("10 %", 10), ("2 %", 2), ("1 %", 1)]
+    parts = [
+        server(36, 60, 1.1),
+        lines(62, 136, ["pretrained on", "open pictures", "and words"], 13),
+        small_model(130, 68, 1.1),
+        arrow(180, 90, 236, 90),
+        text(120, 236, "or from random weights", 13, QUIET),
+        small_model(100, 186, 0.8, "#9aa5b1"),
+        arrow(180, 204, 236, 204),
+    ]
+    for i, (name, share) in enumerate(rows):
+        y = 46 + 72 * i
+        parts += [text(290, y + 26, name, 15, INK, weight="600")]
+        parts += [box(320 + 23 * j, y + 10, 19, 22, HEAD if j < share else "#e6eaee", radius=3) for j in range(10)]
+    parts += [
+        text(434, 26, "labelled pictures", 13, QUIET),
+        arrow(566, 128, 612, 128),
+        lines(704, 104, ["how many epochs", "to a target?", "how far", "in the end?"], 14, INK),
+    ]
+    save("07_scarce.svg", 800, 262, "The same training from two starts, with few labels", *parts)
+
+
 def recipe_figure():
     steps = [
         ("1", "encoder", ["a ViT learns from", "labels and from", "tiny-clip"], "pictures"),
@@ -292,6 +353,8 @@ def draw_all():
     rounds_figure()
     stages_figure()
     llava_figure()
+    handover_figure()
+    scarce_figure()
     recipe_figure()
     logo()
 

@@ -1,9 +1,10 @@
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet50
 
-from mllmfl_lite.models import CompactModel, build_model, count_parameters, resnet8
+from mllmfl_lite.models import CompactModel, build_model, count_parameters, load_model, resnet8, save_model
 
 
 def test_parameter_counts_of_the_benchmarks():
@@ -62,7 +63,17 @@ def test_tokens_stand_row_by_row():
     assert Identity(nn.Identity(), 1, 2).tokens(picture, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
-@pytest.mark.parametrize("grid", [0, 3, 16])
+def test_a_small_map_is_repeated_to_a_large_grid():
+    class Identity(CompactModel):
+        def feature_map(self, x):
+            return x
+
+    picture = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
+    tokens = Identity(nn.Identity(), 1, 2).tokens(picture, 4).view(4, 4)
+    assert tokens.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+
+
+@pytest.mark.parametrize("grid", [0, 3, 12])
 def test_a_grid_that_does_not_divide_is_refused(grid):
     with pytest.raises(ValueError, match=rf"the map is 8 x 8, the grid {grid} x {grid}"):
         resnet8(2, width=2).tokens(torch.zeros(1, 3, 32, 32), grid)
@@ -93,3 +104,15 @@ def test_the_shortcut_is_a_strided_convolution():
     expected = norm(torch.nn.functional.conv2d(x, conv.weight, stride=2))
     assert block.shortcut.stride == 2
     torch.testing.assert_close(block.shortcut(x), expected)
+
+
+def test_a_saved_model_comes_back_and_anything_else_is_refused(tmp_path):
+    model = build_model("resnet8", 7, width=2, seed=5)
+    save_model(tmp_path / "model.safetensors", model, "resnet8", 2)
+    found = load_model(tmp_path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), found.state_dict().values(), strict=True))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("cut", "other", "absent"):
+        with pytest.raises(ValueError, match=rf"{name}.safetensors holds no model written by save_model"):
+            load_model(tmp_path / f"{name}.safetensors")
