@@ -1,6 +1,6 @@
 """What each part of Dynamic Weighted Pretraining is worth, at laptop scale: every condition, every seed, one file each.
 
-    python scripts/measure_pretraining.py                          # all of it, about 50 minutes on two cores
+    python scripts/measure_pretraining.py                          # all of it, about an hour on two cores
     python scripts/measure_pretraining.py --only dwp_linear --seeds 0
 
 Every trained condition gets the same number of floating-point operations, counted by torch and not timed. Files that
@@ -37,13 +37,14 @@ KIND, PROMPT = "detailed_description", "Describe the picture."
 SETTINGS = PretrainSettings()
 FEATURES = {"language_weight": 0.0, "feature_weight": 1.0, "schedule": "constant"}
 CONDITIONS = {
-    "random": None,
     "dwp_linear": {},
-    "dwp_cosine": {"schedule": "cosine"},
-    "dwp_step": {"schedule": "step"},
+    "random": None,
     "alpha_1": {"schedule": "constant"},
     "shuffled": {},
     "features": FEATURES,
+    "dwp_cosine": {"schedule": "cosine"},
+    "dwp_step": {"schedule": "step"},
+    "dwp_slow": {"ramp": 1.0},
     "dwp_and_features": {"feature_weight": 1.0},
 }
 WIDTH, LABELS = 16, 0.02
@@ -110,6 +111,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "laptop" / "pretraining")
     chosen = parser.parse_args()
-    jobs = [(condition, seed, chosen.out) for seed in chosen.seeds for condition in chosen.only]
+    jobs = [(condition, seed, chosen.out) for condition in chosen.only for seed in chosen.seeds]
     with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:
         pool.starmap(measure, jobs, chunksize=1)
