@@ -16,7 +16,7 @@ BOOK := _build/html/.built
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser outputs annotations bench clean
+.PHONY: help setup book serve test lint unit notebooks browser outputs annotations bench evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
@@ -80,8 +80,12 @@ outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after edi
 annotations: $(INSTALLED)  ## write the stand-in's annotations of the web pool anew, to the same bytes
 	@$(BIN)/python scripts/annotate_web.py
 
-bench: $(INSTALLED)  ## the engine beside the ordinary loop, same work, in one run
+bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features beside computed ones, in one run each
 	@$(BIN)/python benchmarks/bench_rounds.py
+	@$(BIN)/python benchmarks/bench_pretrain.py
+
+evidence: $(INSTALLED)  ## what each part of the pretraining is worth: files that are there are kept (an hour from nothing)
+	@$(BIN)/python scripts/measure_pretraining.py
 
 clean:  ## remove what was built; .venv stays
 	@rm -rf _build

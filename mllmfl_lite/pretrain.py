@@ -3,7 +3,7 @@
     mllm  = load_mllm()
     texts = read_texts(bundled_annotations(), array_source(web).ids, mllm)
     views = ArrayViews(web, mllm, folder="runs/features")
-    done  = pretrain(build_model("resnet8", 10, width=16), mllm, views, texts, PretrainSettings(epochs=10))
+    done  = pretrain(build_model("resnet8", 10, width=16), mllm, views, texts, PretrainSettings(epochs=8))
     done.model                                     # what goes to the clients
 
 The language model sees ``H(x) = (1 - alpha) * P_clip(f_clip(x)) + alpha * P_s(g(x))`` in the places of the picture,
@@ -114,14 +114,14 @@ class PretrainSettings:
         seed: of batches, augmentation and the new projection.
     """
 
-    epochs: int = 10
+    epochs: int = 8
     batch_size: int = 16
     accumulate: int = 1
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     schedule: str = "linear"
-    ramp: float = 0.5
+    ramp: float = 0.2
     alpha_end: float = 1.0
     language_weight: float = 1.0
     feature_weight: float = 0.0

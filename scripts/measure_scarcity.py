@@ -1,0 +1,104 @@
+"""Few labels of full CIFAR, from the pretrained weights and from random ones: every share, every seed, one file each.
+
+    export MLLMFL_DATA=~/data
+    python scripts/measure_scarcity.py --dataset cifar10
+    python scripts/measure_scarcity.py --dataset cifar10 --choose-lr       # how the step sizes below were chosen
+
+The pretrained weights are those of the laptop-scale table (`scripts/measure_pretraining.py`). Pictures that the server
+had seen in pretraining are taken out of the training set before labels are drawn. Step sizes were chosen for each start
+on training pictures without a label, never on the test set. Files that are there are kept.
+"""
+
+import argparse
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mllmfl_lite.data import load_images, mini_index
+from mllmfl_lite.models import build_model, load_model
+from mllmfl_lite.repro import count_cores
+from mllmfl_lite.results import RESULTS, provenance, save_result
+from mllmfl_lite.transfer import best, few_labels, finetune, with_head
+
+PRETRAINED = RESULTS / "laptop" / "pretraining"
+RATES = {"pretrained": 0.1, "random": 0.1}
+TRIED = (0.02, 0.05, 0.1, 0.2)
+EPOCHS, EVAL_EVERY, WIDTH = 30, 3, 16
+
+
+def unseen(dataset):
+    """The training images that are not in the web pool."""
+    pool = mini_index()["parts"]["web"]
+    taken = [
+        i
+        for origin, i in zip(pool["origin"], pool["index"], strict=True)
+        if pool["origins"][origin] == f"{dataset}/train"
+    ]
+    full = load_images(dataset, "train")
+    return full.subset(np.setdiff1d(np.arange(len(full)), taken))
+
+
+def model_for(start, num_classes, seed):
+    if start == "random":
+        return build_model("resnet8", num_classes, WIDTH, seed)
+    return with_head(load_model(PRETRAINED / f"dwp_linear_seed{seed}.safetensors"), num_classes, seed)
+
+
+def measure(dataset, share, start, seed, out):
+    torch.set_num_threads(1)
+    path = out / f"{start}_{round(100 * share):02d}percent_seed{seed}.json"
+    if path.exists():
+        return
+    train, test = unseen(dataset), load_images(dataset, "test")
+    labelled = few_labels(train.labels, train.num_classes, share, seed)
+    model = model_for(start, train.num_classes, seed)
+    run = finetune(
+        model, train, labelled, test, epochs=EPOCHS, lr=RATES[start], eval_every=EVAL_EVERY, seed=seed,
+        folder=out / "checkpoints" / path.stem, label=path.stem,
+    )  # fmt: skip
+    save_result(
+        path,
+        {
+            "label": f"{start}_{round(100 * share):02d}",
+            "parameters": {"dataset": dataset, "start": start, "share": share, "seed": seed, "labels": len(labelled),
+                           "width": WIDTH, "epochs": EPOCHS, "lr": RATES[start], "batch_size": 32},
+            "summary": {"best": best(run.history), "last": run.history[-1]["metrics"]["top1"]},
+            "data": {"train_sha256": train.checksum(), "test_sha256": test.checksum()},
+            "provenance": provenance("cpu"),
+            "history": run.history,
+        },
+    )  # fmt: skip
+    print(f"{dataset} {path.name}: best {100 * best(run.history):.1f} %", flush=True)
+
+
+def choose(dataset, share, start, lr):
+    """Accuracy on 2,000 training images without a label; a seed that no result uses."""
+    torch.set_num_threads(1)
+    train = unseen(dataset)
+    labelled = few_labels(train.labels, train.num_classes, share, seed=7)
+    others = np.setdiff1d(np.arange(len(train)), labelled)
+    watched = train.subset(np.random.default_rng(7).permutation(others)[:2000])
+    model = with_head(model_for(start, train.num_classes, 0), train.num_classes, 7)
+    run = finetune(model, train, labelled, watched, epochs=EPOCHS, lr=lr, eval_every=EVAL_EVERY, seed=7)
+    print(f"{dataset} {share:.0%} {start} lr {lr}: best {100 * best(run.history):.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=("cifar10", "cifar100"), default="cifar10")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02, 0.1])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--choose-lr", action="store_true")
+    chosen = parser.parse_args()
+    out = chosen.out or RESULTS / "medium" / f"scarce_{chosen.dataset}"
+    with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:
+        if chosen.choose_lr:
+            pool.starmap(
+                choose, [(chosen.dataset, chosen.shares[0], s, lr) for lr in TRIED for s in RATES], chunksize=1
+            )
+        else:
+            jobs = [(chosen.dataset, p, s, k, out) for p in chosen.shares for k in chosen.seeds for s in RATES]
+            pool.starmap(measure, jobs, chunksize=1)
