@@ -93,7 +93,7 @@ def measure(condition, seed, out):
         path,
         {
             "label": condition,
-            "parameters": {"condition": condition, "seed": seed, "width": WIDTH, "kind": KIND, "prompt": PROMPT,
+            "parameters": {"condition": condition, "seed": seed, "width": WIDTH, "kind": KIND,
                            "labels": len(labelled)},
             "summary": {"probe": float((guess.numpy() == test.labels).mean()), "few_best": best(tuned.history),
                         "few_last": tuned.history[-1]["metrics"]["top1"]},
