@@ -226,14 +226,17 @@ def test_at_alpha_1_clip_is_out_of_the_path(texts, web, mllm):
     for part in (broken.model.model.vision_tower, broken.model.model.multi_modal_projector):
         for weight in part.parameters():
             weight.data.copy_(torch.randn(weight.shape))
+    worse = copy.copy(broken)
+    worse.model = copy.deepcopy(broken.model)
+    worse.model.model.multi_modal_projector.linear_1.weight.data.fill_(math.nan)  # zero times this is no zero
     losses = []
-    for teacher in (mllm, broken):
+    for teacher in (mllm, broken, worse):
         views = ArrayViews(web, teacher)
         x, tokens = views.compact(images, None), views.tokens(images)
         losses += [mixed_loss(encoder, FrozenReader(teacher), 1.0, x, tokens, inputs, labels, small())[0].item()]
         half = mixed_loss(encoder, FrozenReader(teacher), 0.5, x, tokens, inputs, labels, small())[0].item()
         assert half != losses[-1]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
     assert mixed_loss(encoder, FrozenReader(mllm), 1.0, x, None, inputs, labels, small())[0].item() == losses[0]
 
 
@@ -408,11 +411,12 @@ torch.set_num_threads(1)
 web = load_images("cifar10_mini", "web")
 mllm, some = load_mllm(device="cpu"), web.subset(np.arange(16))
 texts = read_texts([r for r in bundled_annotations() if int(r.id) < 16], array_source(web).ids[:16], mllm)
-settings = PretrainSettings(epochs=1, batch_size=4, checkpoint_every=2)
+settings = PretrainSettings(epochs=1, batch_size=4, checkpoint_every=2, augment=False)
 done = pretrain(build_model("resnet8", 10, 4), mllm, ArrayViews(some, mllm), texts, settings, folder=sys.argv[1],
                 device="cpu")
 rank = PartialState().process_index
-torch.save({n: p.detach() for n, p in done.model.named_parameters()}, f"{sys.argv[1]}/rank{rank}.pt")
+weights = {n: p.detach() for n, p in done.model.named_parameters()}
+torch.save({"weights": weights, "losses": [record["loss"] for record in done.history]}, f"{sys.argv[1]}/rank{rank}.pt")
 print(f"rank {rank}: {len(done.history)} steps")
 """
 
@@ -421,12 +425,14 @@ def test_two_processes_share_a_batch_and_stay_equal(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]]
-    for _ in range(2):  # the second launch finds the finished run
+    for launch in range(2):  # the second one finds the finished run
         job = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240)
         assert job.returncode == 0, job.stderr[-3000:]
         assert "rank 0: 6 steps" in job.stdout and "rank 1: 6 steps" in job.stdout, job.stdout
         first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-        assert same(first, second)
+        assert same(first["weights"], second["weights"])
+        if launch == 0:  # each saw its own half of the batch
+            assert all(a != b for a, b in zip(first["losses"], second["losses"], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ pictures on the disk

@@ -218,6 +218,21 @@ def test_features_are_computed_once(many, tmp_path):
     assert teacher.looked_at == 2500 and np.array_equal(first, again) and first.dtype == np.float16
 
 
+def test_files_of_another_model_or_other_images_are_refused_by_key(many, tmp_path):
+    """Another model's folder put in this one's place: the key inside is what counts."""
+    first, second = Counting("counting-1"), Counting("counting-2")
+    stored(first, "features", many, tmp_path)
+    (folder,) = tmp_path.glob("*/counting-1-features")
+    folder.rename(folder.with_name("counting-2-features"))
+    with pytest.raises(
+        TeacherError, match=r"of another origin \(model: counting-1, now counting-2\); remove the folder"
+    ):
+        stored(second, "features", many, tmp_path)
+    other = make_images(2501).subset(np.arange(1, 2501))
+    stored(second, "features", other, tmp_path)
+    assert second.looked_at == 2500, "other images have a folder of their own"
+
+
 def test_only_the_files_that_are_needed_are_made_and_order_is_kept(many, tmp_path):
     teacher = Counting()
     indices = np.array([2400, 3, 2400, 1])

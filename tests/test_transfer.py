@@ -52,6 +52,13 @@ def test_a_probe_is_the_minimum_of_its_loss():
     assert torch.equal(linear_probe(known, labels, asked, 3), expected)
 
 
+def test_a_heavy_decay_leaves_the_most_frequent_class():
+    known, labels = clouds(30)
+    labels = torch.from_numpy(np.where(np.arange(30) < 25, 1, labels))
+    assert (linear_probe(known, labels, known, 3, decay=1e6) == 1).all()
+    assert (linear_probe(known, labels, known, 3, decay=1e-6) != 1).any()
+
+
 def test_a_probe_needs_a_label_each():
     with pytest.raises(ValueError, match="3 features, 2 labels"):
         linear_probe(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2), 2)
