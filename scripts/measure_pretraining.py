@@ -48,7 +48,7 @@ CONDITIONS = {
     "dwp_slow": {"ramp": 1.0},
 }
 WIDTH, LABELS = 16, 0.02
-KEPT = ("dwp_linear",)  # their weights stay, for the chapters that go on from them
+KEPT = ("dwp_linear", "features")  # their weights stay, for the chapters that go on from them
 
 
 def operations(settings, mllm, views, texts):
