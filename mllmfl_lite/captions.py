@@ -327,6 +327,8 @@ def names_class(text: str, name: str) -> bool:
 def read_claims(text: str) -> dict[str, set[str]]:
     """The facts that a text claims, e.g. ``{"colour": {"red"}, "light": {"dark"}}``; only what it speaks of."""
     claims = {}
+    for phrase in SPOKEN.values():
+        text = text.replace(phrase, phrase.split()[-1])  # an orange fruit is no claim about a colour
     for about, patterns in _CLAIMS.items():
         found = {m.group(1).lower() for pattern in patterns for m in pattern.finditer(text)}
         if found:

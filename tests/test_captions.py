@@ -88,6 +88,11 @@ def test_texts_claim_their_class_and_their_facts_and_nothing_else(kind, name, fa
         assert claimed == {getattr(facts, about)}, (text, about)
 
 
+def test_the_name_of_a_thing_is_no_claim_about_its_colour():
+    assert "colour" not in read_claims("A photo of an orange fruit.")
+    assert read_claims("A photo of a green orange fruit.")["colour"] == {"green"}
+
+
 def test_texts_vary():
     data = load_images("cifar10_mini", "train")
     rng = np.random.default_rng(0)
