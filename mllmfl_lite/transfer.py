@@ -1,8 +1,10 @@
 """What a pretrained model is worth: a linear probe on its features, and finetuning with few labels::
 
-probe = linear_probe(embed(model, train), train.labels, embed(model, test), num_classes=10)
-run = finetune(with_head(model, 10), train, few_labels(train.labels, 10, 0.02, seed=0), test)
-epochs_to(run.history, 0.3), best(run.history)
+    probe = linear_probe(embed(model, train), train.labels, embed(model, test), num_classes=10)
+    run = finetune(with_head(model, 10), train, few_labels(train.labels, 10, 0.02, seed=0), test)
+    epochs_to(run.history, 0.3), best(run.history)
+
+Finetuning is a federation of one client, so it shares its loop, its checkpoints and its random draws with the rounds.
 """
 
 from __future__ import annotations
