@@ -1,11 +1,11 @@
 """What each part of Dynamic Weighted Pretraining is worth, at laptop scale: every condition, every seed, one file each.
 
-    python scripts/measure_pretraining.py                          # all of it, about two hours on two cores
+    python scripts/measure_pretraining.py                          # all of it, about an hour on two cores
     python scripts/measure_pretraining.py --only dwp_linear --seeds 0
 
-Every trained condition gets the same number of floating-point operations, counted by torch and not timed; the two
-called long get twice as many. Files that are there are kept; a run that was killed goes on from its checkpoint. The
-settings were chosen with a fifth of the training part held out, never on the test part.
+Every trained condition gets the same number of floating-point operations, counted by torch and not timed. Files that
+are there are kept; a run that was killed goes on from its checkpoint. The settings were chosen with a fifth of the
+training part held out, never on the test part.
 """
 
 import argparse
@@ -45,11 +45,10 @@ CONDITIONS = {
     "features": FEATURES,
     "dwp_cosine": {"schedule": "cosine"},
     "dwp_step": {"schedule": "step"},
-    "dwp_long": {"epochs": 16},  # twice the budget, for these two alike
-    "alpha_1_long": {"epochs": 16, "schedule": "constant"},
+    "dwp_features": {"feature_weight": 1.0},
 }
 WIDTH, LABELS = 16, 0.02
-KEPT = ("dwp_linear", "features")  # their weights stay, for the chapters that go on from them
+KEPT = ("dwp_linear", "dwp_features", "features")  # their weights stay, for the chapters that go on from them
 
 
 def operations(settings, mllm, views, texts):
