@@ -1,25 +1,41 @@
-"""One experiment from parameters to a results file: data, subset, split, model, rounds, summary.
+"""One experiment from parameters to a results file: data, subset, split, start, rounds, alignment, summary.
 
-The same object describes a laptop minute and a paper-scale day; only the numbers differ.
+The same object describes a laptop minute and a paper-scale day; only the numbers differ. Every stage leaves a file in
+the run's folder and is skipped where its file is there and has the same settings::
+
+    experiment = Experiment(method="fedavg", start="pretrained_seed{seed}.safetensors", align=AlignSettings())
+    result = run_experiment(experiment, "runs/mine")
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pkgutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
+from mllmfl_lite.align import AlignSettings, align, ask_teacher, describe, draw_server_set
+from mllmfl_lite.baselines import METHODS
+from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet, load_images
-from mllmfl_lite.federated import METHODS, FedAvg, FedSettings, run_federated, summarise
-from mllmfl_lite.models import build_model
+from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
+from mllmfl_lite.federated import FedAvg, FedResult, FedSettings, run_federated, summarise
+from mllmfl_lite.models import CompactModel, build_model, load_model
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
 from mllmfl_lite.repro import pick_device
-from mllmfl_lite.results import ResultError, load_result, provenance, save_result
+from mllmfl_lite.results import RESULTS, ResultError, load_result, provenance, save_result
+from mllmfl_lite.transfer import with_head
+
+OWN_WEIGHTS = RESULTS / "laptop" / "pretraining"  # chapter 3's
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run; defaults are the CIFAR-10-LT benchmark at full scale.
+    """What is run; defaults are the CIFAR-10-LT benchmark at full scale, with FedAvg from random weights.
 
     Attributes:
         dataset: a name for `load_images`.
@@ -30,9 +46,14 @@ class Experiment:
         alpha: the Dirichlet's concentration.
         model: a name for `build_model`.
         width: ResNet-8's width.
-        method: one of `federated.METHODS`.
+        method: one of `baselines.METHODS`, or ``"module:Class"`` for one of your own.
         method_options: the method's own numbers, e.g. ``{"mu": 0.1}``.
         settings: rounds and local training. Its seed also decides subset, split and initial weights.
+        start: where the rounds start. Empty: random weights. Else a file by `save_model`, ``{seed}`` standing for the
+            seed, or the name of one of chapter 3's conditions, e.g. ``"dwp_linear"``.
+        align: stage 3 after the last round; None leaves it out.
+        mllm: the teacher that answers in stage 3, a name for `load_mllm`.
+        clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_clip`.
     """
 
     dataset: str = "cifar10"
@@ -46,10 +67,15 @@ class Experiment:
     method: str = "fedavg"
     method_options: dict = field(default_factory=dict)
     settings: FedSettings = field(default_factory=FedSettings)
+    start: str = ""
+    align: AlignSettings | None = None
+    mllm: str = "tiny_llava"
+    clip: str = "tiny_clip"
 
     def with_seed(self, seed: int) -> Experiment:
-        """The same experiment with another seed."""
-        return replace(self, settings=replace(self.settings, seed=seed))
+        """The same experiment with another seed, in every stage."""
+        aligned = replace(self.align, seed=seed) if self.align else None
+        return replace(self, settings=replace(self.settings, seed=seed), align=aligned)
 
     def clients(self) -> tuple[ImageSet, Split]:
         """The clients' images together, and who holds which."""
@@ -60,15 +86,42 @@ class Experiment:
         train = full.subset(chosen)
         return train, split_clients(self.split, train.labels, self.num_clients, self.alpha, seed)
 
-    def build_method(self) -> FedAvg:
-        """The method object.
+    def build_method(self, train: ImageSet) -> FedAvg:
+        """The method object for these clients' images.
 
         Raises:
             ValueError: no such method.
         """
+        if ":" in self.method:
+            return pkgutil.resolve_name(self.method).for_clients(train, self.clip, **self.method_options)
         if self.method not in METHODS:
-            raise ValueError(f"no method named {self.method!r}; there are {', '.join(METHODS)}")
-        return METHODS[self.method](**self.method_options)
+            raise ValueError(
+                f"no method named {self.method!r}; there are {', '.join(METHODS)}, or 'module:Class' for your own"
+            )
+        return METHODS[self.method].for_clients(train, self.clip, **self.method_options)
+
+    def build_model(self, num_classes: int) -> CompactModel:
+        """The model that the rounds start from; a pretrained one is given a fresh head.
+
+        Raises:
+            ValueError: the file of `start` is not there, or holds another model.
+        """
+        seed, new = self.settings.seed, build_model(self.model, num_classes, self.width, self.settings.seed)
+        if not self.start:
+            return new
+        named = OWN_WEIGHTS / f"{self.start}_seed{{seed}}.safetensors"
+        path = str(named if "." not in self.start else self.start).format(seed=seed)
+        found = with_head(load_model(path), num_classes, seed)
+        if [t.shape for t in found.state_dict().values()] != [t.shape for t in new.state_dict().values()]:
+            raise ValueError(f"{path} holds another model than {self.model} of width {self.width}; set model and width")
+        return found
+
+    def rounds_key(self) -> str:
+        """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""
+        numbers = {k: v for k, v in asdict(self).items() if k not in ("align", "mllm")}
+        numbers["settings"] = {k: v for k, v in numbers["settings"].items() if k not in ("rounds", "seed")}
+        digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+        return f"{self.method.replace(':', '.')}-{digest[:8]}_seed{self.settings.seed}"
 
 
 def run_experiment(
@@ -85,7 +138,8 @@ def run_experiment(
         label: the name of the run in the folder and on the progress bar; default the method's.
 
     Returns:
-        A dictionary with parameters, summary, history, data and provenance.
+        A dictionary with parameters, summary, history, data and provenance; with stage 3, `aligned` holds its metrics,
+        its losses and what was in the server set, and the summary is of the aligned model.
 
     Raises:
         ResultError: the results file there is of other parameters.
@@ -94,31 +148,68 @@ def run_experiment(
     path = Path(folder) / f"{name}.json" if folder else None
     if path and path.exists():
         return _finished(path, experiment)
-    chosen = pick_device(device)
-    started = time.perf_counter()
+    chosen, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
     test = load_images(experiment.dataset, "test")
-    model = build_model(experiment.model, train.num_classes, experiment.width, experiment.settings.seed)
+    model = experiment.build_model(train.num_classes)
     rounds = run_federated(
-        model, train, split, test, experiment.build_method(), experiment.settings,
-        folder=Path(folder) / "checkpoints" / name if folder else None, device=chosen, workers=workers, label=name,
+        model, train, split, test, experiment.build_method(train), experiment.settings,
+        folder=Path(folder) / "checkpoints" / experiment.rounds_key() if folder else None,
+        device=chosen, workers=workers, label=name,
     )  # fmt: skip
     result = {
         "label": label or experiment.method,
         "parameters": asdict(experiment),
         "summary": summarise(rounds.history, experiment.settings.report_rounds),
         "data": {"train_images": len(train), "train_sha256": train.checksum(), "test_sha256": test.checksum()},
-        "provenance": {**provenance(chosen), "seconds_in_this_process": round(time.perf_counter() - started, 1)},
         "history": rounds.history,
     }
+    if experiment.align:
+        result |= _aligned(experiment, model, rounds, train, test, chosen, folder)
+    seconds = round(time.perf_counter() - started, 1)
+    result["provenance"] = {**provenance(chosen), "seconds_in_this_process": seconds}
     if path:
         save_result(path, result)
     return result
 
 
+def _aligned(experiment, model, rounds: FedResult, train, test, device, folder) -> dict:
+    """Stage 3: what it adds to the result."""
+    pool = load_images("cifar10_mini", "web")
+    told = ask_teacher(load_teacher(experiment, device), pool, train.names, Path(folder) / "told" if folder else "")
+    chosen = draw_server_set(pool, told, train.names, experiment.align.per_class)
+    model.load_state_dict(rounds.deployed)
+    done = align(model, chosen, experiment.align, device)
+    metrics = test_model(done.model, train, test, device)
+    return {
+        "aligned": {"metrics": metrics, "history": done.history, "server_set": describe(chosen, pool)},
+        "summary": summarise([{"metrics": metrics}], 1),
+    }
+
+
+def test_model(model: CompactModel, train: ImageSet, test: ImageSet, device: torch.device | str = "cpu") -> dict:
+    """A model's metrics on `test`, with the class groups of `train`, as a run's history has them."""
+    guesses = predict(model.to(device), Batches(test, device)).cpu().numpy()
+    confusion = confusion_matrix(test.labels, guesses, test.num_classes)
+    return metrics_from_confusion(confusion, class_groups(train.class_counts())).as_dict()
+
+
+test_model.__test__ = False  # not a test of pytest's
+
+
+def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
+    """The teacher of stage 3, as `experiment.align` names it."""
+    from mllmfl_lite.teacher import load_clip, load_mllm  # slow to import, and other experiments do not need them
+
+    if experiment.align.teacher == "clip":
+        return load_clip(experiment.clip, device=str(device))
+    return load_mllm(experiment.mllm, device=str(device), dtype="float32")
+
+
 def _finished(path: Path, experiment: Experiment) -> dict:
     result = load_result(path)
     there, now = _flat(result["parameters"]), _flat(asdict(experiment))
+    there = {**_flat(asdict(Experiment())), **there}  # a file from before a parameter was there had its default
     other = [f"{k} there {there.get(k)!r}, now {now.get(k)!r}" for k in {**there, **now} if there.get(k) != now.get(k)]
     if other:
         raise ResultError(

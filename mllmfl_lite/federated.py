@@ -2,20 +2,20 @@
 
     result = run_federated(model, train, split, test, FedAvg(), FedSettings(rounds=20))
 
-A method (`FedAvg`, `FedProx`, `FedAvgM`) is what a client minimises and what the server does with the mean of the
-clients' weights. Everything else is shared: the same clients are drawn and the same batches shown to every method.
+A method is a client step, what travels beside the weights, and a server step: `FedAvg` is the plainest, and whoever
+inherits from it changes what differs (`FedProx` and `FedAvgM` here, others in `baselines` and `align`). Everything else
+is shared: the same clients are drawn and the same batches shown to every method.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,10 @@ from mllmfl_lite.data import ImageSet
 from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.partition import Split, check_split
-from mllmfl_lite.repro import count_cores, numpy_generator, progress_bar, torch_generator
+from mllmfl_lite.repro import count_cores, numpy_generator, progress_bar, sha256_arrays, torch_generator
 
 State = dict[str, Tensor]
+PRECISIONS = ("float32", "bfloat16")
 EVAL_PART = 1000  # images a worker tests at a time
 
 
@@ -64,6 +65,8 @@ class FedSettings:
         eval_every: test every so many rounds; the last `report_rounds` are always tested.
         report_rounds: the figure a run reports is its mean over this many last rounds.
         seed: decides which clients are drawn, and their batches and augmentations.
+        precision: of the clients' forward and backward pass; ``"bfloat16"`` (autocast, weights stay float32) is faster
+            where the processor has it.
     """
 
     rounds: int = 200
@@ -74,6 +77,7 @@ class FedSettings:
     eval_every: int = 1
     report_rounds: int = 10
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("rounds", "clients_per_round", "local_epochs", "batch_size", "eval_every", "report_rounds"):
@@ -82,6 +86,8 @@ class FedSettings:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
     def evaluates(self, round_: int) -> bool:
         """Whether round `round_`, counted from 1, ends with a test."""
@@ -93,19 +99,75 @@ class FedSettings:
 
 @dataclass(frozen=True)
 class FedAvg:
-    """Federated averaging (McMahan et al., 2017): clients minimise cross-entropy, the server takes the mean."""
+    """Federated averaging (McMahan et al., 2017): clients minimise cross-entropy, the server takes the mean.
 
-    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, anchor: State) -> Tensor:
-        """What a client minimises on a batch: images (B, 3, H, W), labels (B,), the weights it started from."""
+    Every other method inherits from this one. In a round, in this order: the server sends the weights and `broadcast`;
+    each drawn client sends `upload`, trains on `local_loss` and sends its weights; the server takes their mean and
+    calls `server_update`. What is tested is `deployed`.
+    """
+
+    @classmethod
+    def for_clients(cls, train: ImageSet, clip: str = "", **options: float) -> FedAvg:
+        """The method with its options, for these clients' images; a method that asks a CLIP on the client loads it."""
+        return cls(**options)
+
+    def identity(self) -> dict:
+        """Name and numbers, plain JSON: two methods with the same identity are the same method."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": type(self).__name__} | {
+            key: sha256_arrays([value.numpy()]) if isinstance(value, Tensor) else value
+            for key, value in numbers.items()
+        }
+
+    def broadcast(self, memory: State) -> State:
+        """What the server sends to a drawn client beside the weights."""
+        return {}
+
+    def upload(self, model: CompactModel, batches: Batches, own: Tensor, received: State, generator) -> State:
+        """What a client sends beside its weights, from the global model as it arrived.
+
+        Args:
+            model: holds the global weights of this round.
+            batches: all training images.
+            own: the client's indices into them, int64 (n_k,).
+            received: the server's `broadcast`.
+            generator: the only source of chance.
+        """
+        return {}
+
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
+        """What a client minimises on a batch.
+
+        Args:
+            model: in training.
+            x: images (B, 3, H, W), augmented.
+            y: labels (B,).
+            rows: the images' indices into all training images (B,).
+            anchor: the weights the client started from.
+        """
         return cross_entropy(model(x), y)
 
-    def init_memory(self, parameters: State) -> State:
+    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
         """What the server keeps from round to round beside the weights; nothing here."""
         return {}
 
-    def server_update(self, state: State, mean: State, memory: State) -> tuple[State, State]:
-        """The new global state and memory, from the old state and the clients' weighted mean."""
+    def server_update(
+        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
+    ) -> tuple[State, State]:
+        """The new global state and memory.
+
+        Args:
+            state: the global state that this round started from.
+            mean: the clients' weighted mean.
+            memory: what was kept.
+            uploads: each drawn client's `upload`, in rising order of clients.
+            generator: the only source of chance.
+        """
         return mean, memory
+
+    def deployed(self, state: State, memory: State) -> State:
+        """The weights that are tested and used, where they are not the ones that go on to the next round."""
+        return state
 
 
 @dataclass(frozen=True)
@@ -114,10 +176,10 @@ class FedProx(FedAvg):
 
     mu: float = 0.01
 
-    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, anchor: State) -> Tensor:
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """Cross-entropy plus the proximal term."""
         distance = sum((p - anchor[name]).square().sum() for name, p in model.named_parameters())
-        return super().local_loss(model, x, y, anchor) + self.mu / 2 * distance
+        return super().local_loss(model, x, y, rows, anchor) + self.mu / 2 * distance
 
 
 @dataclass(frozen=True)
@@ -131,17 +193,19 @@ class FedAvgM(FedAvg):
     momentum: float = 0.9
     server_lr: float = 1.0
 
-    def init_memory(self, parameters: State) -> State:
+    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
         """The velocity, zero for each parameter."""
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
 
-    def server_update(self, state: State, mean: State, memory: State) -> tuple[State, State]:
+    def server_update(
+        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
+    ) -> tuple[State, State]:
         """One step of momentum against the pseudo-gradient ``state - mean``."""
         velocity = {name: self.momentum * v + (state[name] - mean[name]) for name, v in memory.items()}
         return {**mean, **{name: state[name] - self.server_lr * v for name, v in velocity.items()}}, velocity
 
 
-METHODS = {"fedavg": FedAvg, "fedprox": FedProx, "fedavgm": FedAvgM}
+METHODS: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedprox": FedProx, "fedavgm": FedAvgM}
 
 # ---------------------------------------------------------------------------------------------------- the two halves
 
@@ -184,7 +248,9 @@ def train_client(
         generator = torch_generator(settings.seed, "batches", round_, client, epoch)
         order = own[torch.randperm(len(own), generator=generator).to(own.device)]
         for part in order.split(settings.batch_size):
-            loss = method.local_loss(model, batches.augmented(part, generator), batches.labels[part], anchor)
+            x = batches.augmented(part, generator)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                loss = method.local_loss(model, x, batches.labels[part], part, anchor)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -194,6 +260,43 @@ def train_client(
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise ClientDiverged(client, round_)
     return total / (settings.local_epochs * len(own))
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client sends back.
+
+    Attributes:
+        state: its weights after local training, BatchNorm statistics included.
+        beside: the method's `upload`.
+        loss: its mean training loss.
+    """
+
+    state: State
+    beside: State
+    loss: float
+
+
+def client_step(
+    model: CompactModel,
+    batches: Batches,
+    own: Tensor,
+    method: FedAvg,
+    settings: FedSettings,
+    anchor: State,
+    received: State,
+    round_: int,
+    client: int,
+) -> ClientResult:
+    """A client's whole part in a round: `upload` from the weights as they arrived, then local training.
+
+    Arguments and errors are `train_client`'s; `received` is what came beside the weights.
+    """
+    model.load_state_dict(anchor)
+    generator = torch_generator(settings.seed, "upload", round_, client)
+    beside = method.upload(model, batches, own, received, generator)
+    loss = train_client(model, batches, own, method, settings, anchor, round_, client)
+    return ClientResult({name: t.clone() for name, t in model.state_dict().items()}, beside, loss)
 
 
 def weighted_mean(states: list[State], weights: list[float]) -> State:
@@ -237,10 +340,12 @@ class FedResult:
 
     Attributes:
         state: the final global state.
+        deployed: what is tested and used; the same, but for methods that say otherwise.
         history: one record a round: round, clients, train_loss, seconds, and metrics (None where not tested).
     """
 
     state: State
+    deployed: State
     history: list[dict]
 
 
@@ -314,7 +419,7 @@ def run_federated(
         train: the clients' images.
         split: each client's indices into `train`.
         test: the images to test on; class groups come from the class counts of the clients' images together.
-        method: `FedAvg` (default), `FedProx`, `FedAvgM`, or another object with their three methods.
+        method: `FedAvg` (default), or another that inherits from it.
         settings: rounds, participation, local training; the protocol's full scale by default.
         folder: keep a checkpoint here after each round, and go on from it if it is there. Without a folder nothing
             is written.
@@ -364,13 +469,14 @@ class _Rounds:
                     folder.save(round_, _pack(state, memory), history)
                 if record["metrics"]:
                     bar.set_postfix_str(f"top-1 {record['metrics']['top1']:.1%}", refresh=False)
-        return FedResult(state, history)
+        return FedResult(state, self.method.deployed(state, memory), history)
 
     def _start(self, folder: RunFolder | None) -> tuple[int, State, State, list[dict]]:
         found = folder.load() if folder else None
         if found is None:
             state = {name: t.clone() for name, t in self.model.state_dict().items()}
-            return 0, state, self.method.init_memory({n: p.detach() for n, p in self.model.named_parameters()}), []
+            parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+            return 0, state, self.method.init_memory(parameters, torch_generator(self.settings.seed, "memory")), []
         done, tensors, history = found
         tensors = {name: t.to(self.train.labels.device) for name, t in tensors.items()}
         return done, _unpack(tensors, "model."), _unpack(tensors, "memory."), history
@@ -379,24 +485,30 @@ class _Rounds:
         started = time.perf_counter()
         chosen = choose_clients(len(self.split), self.settings, round_)
         longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))
-        jobs = {client: workers.submit(self._client, state, round_, client) for client in longest_first}
+        received = self.method.broadcast(memory)
+        jobs = {client: workers.submit(self._client, state, received, round_, client) for client in longest_first}
         for job in jobs.values():
             job.add_done_callback(lambda _: bar.update())
-        locals_, losses = zip(*(jobs[client].result() for client in chosen), strict=True)
+        arrived = [jobs[client].result() for client in chosen]
         sizes = [len(self.split[client]) for client in chosen]
-        state, memory = self.method.server_update(state, weighted_mean(locals_, sizes), memory)
+        state, memory = workers.submit(self._server, state, memory, arrived, sizes, round_).result()
+        used = self.method.deployed(state, memory)
         record = {
             "round": round_,
             "clients": chosen,
-            "train_loss": float(np.average(losses, weights=sizes)),
-            "metrics": self._evaluate(workers, state) if self.settings.evaluates(round_) else None,
+            "train_loss": float(np.average([client.loss for client in arrived], weights=sizes)),
+            "metrics": self._evaluate(workers, used) if self.settings.evaluates(round_) else None,
         }
         return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _client(self, model: CompactModel, state: State, round_: int, client: int) -> tuple[State, float]:
+    def _client(self, model: CompactModel, state: State, received: State, round_: int, client: int) -> ClientResult:
         own = self.split[client]
-        loss = train_client(model, self.train, own, self.method, self.settings, state, round_, client)
-        return {name: t.clone() for name, t in model.state_dict().items()}, loss
+        return client_step(model, self.train, own, self.method, self.settings, state, received, round_, client)
+
+    def _server(self, model, state, memory, arrived, sizes, round_) -> tuple[State, State]:
+        mean = weighted_mean([client.state for client in arrived], sizes)
+        generator = torch_generator(self.settings.seed, "server", round_)
+        return self.method.server_update(state, mean, memory, [client.beside for client in arrived], generator)
 
     def _evaluate(self, workers: Workers, state: State) -> dict:
         def test_part(model: CompactModel, part: Tensor) -> Tensor:
@@ -429,20 +541,12 @@ def _identity(model, train, split, test, method, settings) -> dict:
     numbers = {k: v for k, v in asdict(settings).items() if k not in ("rounds", "eval_every", "report_rounds")}
     return {
         **numbers,
-        "method": {"name": type(method).__name__, **asdict(method)},
+        "method": method.identity(),
         "train": train.checksum(),
         "test": test.checksum(),
-        "split": _sha256(own for own in split),
-        "initial_weights": _sha256(t.cpu().numpy() for t in model.state_dict().values()),
+        "split": sha256_arrays(split),
+        "initial_weights": sha256_arrays(t.cpu().numpy() for t in model.state_dict().values()),
     }
-
-
-def _sha256(arrays) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
 
 
 def _pack(state: State, memory: State) -> State:

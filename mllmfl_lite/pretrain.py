@@ -14,6 +14,7 @@ paper's; this equation, the schedules and the start of P_s are our reading of it
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 import warnings
@@ -34,7 +35,15 @@ from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.pictures import PictureSource
-from mllmfl_lite.repro import numpy_generator, pick_device, progress_bar, stable_seed, torch_generator, write_json
+from mllmfl_lite.repro import (
+    numpy_generator,
+    pick_device,
+    progress_bar,
+    sha256_arrays,
+    stable_seed,
+    torch_generator,
+    write_json,
+)
 from mllmfl_lite.teacher import MllmTeacher, StoredFeatures
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -610,20 +619,15 @@ class _Run:
 
     def identity(self) -> dict:
         """What makes two runs the same run."""
-        import hashlib
-
         digest = hashlib.sha256(repr((self.texts.image.tolist(), self.texts.kind.tolist())).encode())
         digest.update(repr((self.texts.questions, self.texts.answers)).encode())
-        weights = hashlib.sha256()
-        for tensor in self.given.state_dict().values():
-            weights.update(tensor.cpu().contiguous().numpy().tobytes())
         numbers = {k: v for k, v in asdict(self.settings).items() if k not in ("checkpoint_every", "compile")}
         return {
             **numbers,
             "mllm": self.mllm.identity,
             "images": self.views.identity,
             "texts": digest.hexdigest(),
-            "initial_weights": weights.hexdigest(),
+            "initial_weights": sha256_arrays(t.cpu().numpy() for t in self.given.state_dict().values()),
         }
 
     def go(self, found: tuple | None, folder: RunFolder | None) -> Pretrained:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,15 @@ def torch_generator(*keys: int | str) -> torch.Generator:
 def numpy_generator(*keys: int | str) -> np.random.Generator:
     """The same idea for NumPy: a generator that depends on the keys alone."""
     return np.random.default_rng(stable_seed(*keys))
+
+
+def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
+    """One sha256 over arrays, their shapes and types included."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from torch.utils.flop_counter import FlopCounterMode
 
 from mllmfl_lite.captions import spoken, with_article
 from mllmfl_lite.data import ImageSet
@@ -123,17 +124,28 @@ class ClipTeacher(Teacher):
             ]
         return torch.cat(parts).float().cpu()
 
+    def class_features(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """The mean text feature of each class's prompts, unit length, float32 (C, D): Radford et al., section 3.1."""
+        prompts = [t.format(with_article(spoken(name))) for name in names for t in templates]
+        classes = self.text_features(prompts).view(len(names), len(templates), -1).mean(1)
+        return classes / classes.norm(dim=1, keepdim=True)
+
+    def class_logits(self, images: Sequence, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """Similarities to each class's mean prompt times CLIP's learned scale (100 for OpenAI's), float32 (N, C)."""
+        return self.model.logit_scale.exp().item() * self.features(images) @ self.class_features(names, templates).T
+
     def class_probabilities(
         self, images: Sequence, names: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> Tensor:
-        """Zero-shot classification: softmax over the similarities to each class's mean prompt, float32 (N, C).
+        """Zero-shot classification: softmax of `class_logits`, float32 (N, C)."""
+        return self.class_logits(images, names, templates).softmax(1)
 
-        Source: prompt ensembling and the temperature of Radford et al. (2021), section 3.1.
-        """
-        prompts = [t.format(with_article(spoken(name))) for name in names for t in templates]
-        classes = self.text_features(prompts).view(len(names), len(templates), -1).mean(1)
-        classes = classes / classes.norm(dim=1, keepdim=True)
-        return (self.model.logit_scale.exp().item() * self.features(images) @ classes.T).softmax(1)
+    def image_cost(self) -> tuple[int, int]:
+        """Floating-point operations of the image encoder on one image, and the bytes of its weights."""
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            self.model.encode_image(self.pixels([Image.new("RGB", (32, 32))]))
+        weights = self.model.visual.parameters()
+        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights)
 
     def similarity(self, images: Sequence, texts: Sequence[str]) -> Tensor:
         """Cosine of each image with its own text, float32 (N,); long texts are cut at the context length."""

@@ -58,9 +58,12 @@ def test_seeds_change_images_and_split():
 
 
 def test_methods_by_name():
-    assert replace(TINY, method="fedprox", method_options={"mu": 0.3}).build_method() == FedProx(mu=0.3)
-    with pytest.raises(ValueError, match="no method named 'fedsgd'; there are fedavg, fedprox, fedavgm"):
-        replace(TINY, method="fedsgd").build_method()
+    train, _ = TINY.clients()
+    assert replace(TINY, method="fedprox", method_options={"mu": 0.3}).build_method(train) == FedProx(mu=0.3)
+    with pytest.raises(
+        ValueError, match="no method named 'fedsgd'; there are fedavg, fedprox, fedavgm, creff, clip2fl"
+    ):
+        replace(TINY, method="fedsgd").build_method(train)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 9}', "[1]"])

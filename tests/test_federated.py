@@ -123,10 +123,10 @@ def test_a_strong_spring_holds_clients_back(images, model, split):
 def test_server_momentum_in_closed_form():
     """A constant pseudo-gradient g: after t steps w has moved by -g (t - b (1 - b^t) / (1 - b)) / (1 - b)."""
     method, b, g = FedAvgM(momentum=0.9), 0.9, 0.5
-    state, memory = {"w": torch.zeros(1), "stat": torch.ones(1)}, method.init_memory({"w": torch.zeros(1)})
+    state, memory = {"w": torch.zeros(1), "stat": torch.ones(1)}, method.init_memory({"w": torch.zeros(1)}, None)
     for t in range(1, 8):
         mean = {"w": state["w"] - g, "stat": torch.full((1,), float(t))}
-        state, memory = method.server_update(state, mean, memory)
+        state, memory = method.server_update(state, mean, memory, [], None)
         assert state["w"].item() == pytest.approx(-g * (t - b * (1 - b**t) / (1 - b)) / (1 - b), rel=1e-4)
         assert state["stat"].item() == t  # BatchNorm statistics take the mean, without momentum
 
@@ -233,9 +233,9 @@ class Poisoned(FedAvg):
 
     start: float = 0.0
 
-    def local_loss(self, model, x, y, anchor):
+    def local_loss(self, model, x, y, rows, anchor):
         poison = 0.0 if anchor["head.bias"][0].item() == self.start else float("nan")
-        return super().local_loss(model, x, y, anchor) + poison
+        return super().local_loss(model, x, y, rows, anchor) + poison
 
 
 def test_a_diverged_client_is_named_and_its_round_not_aggregated(images, model, split, tmp_path):
@@ -251,9 +251,9 @@ def test_a_diverged_client_is_named_and_its_round_not_aggregated(images, model, 
 class Cliff(FedAvg):
     """A finite loss whose gradient is not a number."""
 
-    def local_loss(self, model, x, y, anchor):
+    def local_loss(self, model, x, y, rows, anchor):
         bias = model.head.bias
-        return super().local_loss(model, x, y, anchor) + (bias - bias.detach()).abs().sqrt().sum()
+        return super().local_loss(model, x, y, rows, anchor) + (bias - bias.detach()).abs().sqrt().sum()
 
 
 def test_weights_lost_in_the_very_last_step_are_noticed(images, model, split):

@@ -1,0 +1,279 @@
+"""The two strong baselines, CReFF and CLIP2FL, as methods for the same rounds as FedAvg::
+
+    run_federated(model, train, split, test, CReFF(), FedSettings(rounds=60))
+    run_federated(model, train, split, test, CLIP2FL.for_clients(train, "tiny_clip"), FedSettings(rounds=60))
+
+Both mend the head, the last linear layer, which the long tail bends most. Written from descriptions of the methods;
+where those leave something open, the docstring says "our reading".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, one_hot, softmax
+
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.data import ImageSet
+from mllmfl_lite.federated import METHODS, FedAvg, State
+from mllmfl_lite.models import CompactModel
+
+HEAD = ("head.weight", "head.bias")
+
+
+def head_gradients(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of mean cross-entropy in a linear head, in closed form: ``(softmax(W f + b) - y) [f, 1]^T``.
+
+    Args:
+        features: (..., n, D); dimensions in front are separate groups.
+        labels: int64 (..., n).
+        weight: (C, D).
+        bias: (C,).
+
+    Returns:
+        (..., C, D + 1), the bias's gradient in the last column.
+    """
+    error = softmax(features @ weight.T + bias, -1) - one_hot(labels, len(weight))
+    return error.transpose(-1, -2) @ _with_one(features) / features.shape[-2]
+
+
+def _with_one(features: Tensor) -> Tensor:
+    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
+
+
+def strongly_augmented(batches: Batches, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crop, flip, brightness, contrast and a blank square of half the side; each image draws its own.
+
+    CReFF's code augments strongly before it takes gradients; which changes and how strong is our reading.
+    """
+    x, count = batches.augmented(rows, generator), len(rows)
+    light, contrast = (torch.rand(2, count, 1, 1, 1, generator=generator) - 0.5).to(x)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (1 + contrast) + mean + light
+    sides = torch.tensor(x.shape[2:])
+    corner = (torch.rand(2, count, generator=generator) * sides[:, None]).long().to(x.device)
+    blank = [_near(corner[axis], int(side)) for axis, side in enumerate(sides)]
+    return x.masked_fill(blank[0][:, None, :, None] & blank[1][:, None, None, :], 0.0)
+
+
+def _near(centre: Tensor, side: int) -> Tensor:
+    """Which of `side` places lie within a quarter of the side of each centre (B,): bool (B, side)."""
+    return (torch.arange(side, device=centre.device) - centre[:, None]).abs() < side // 4
+
+
+@dataclass(frozen=True)
+class CReFF(FedAvg):
+    """Classifier re-training with federated features (Shang et al., 2022).
+
+    Each round a client also sends, for each class that it holds, the mean gradient of the head on its own features. The
+    server moves synthetic features until they give the same gradients, and trains a fresh head on them, as many for
+    each class: that head, on the averaged body, is what is tested. The averaged model with its own head goes on.
+
+    Our reading: gradients are taken in evaluation mode, at the retrained head of the round before; the server's mean
+    over clients is not weighted; a class that no drawn client holds keeps its synthetic features.
+
+    Attributes:
+        per_class: S, synthetic features a class.
+        match_steps: steps of plain gradient descent on the synthetic features each round.
+        match_lr: their size.
+        head_epochs: passes over the synthetic features when the head is trained.
+        head_lr: its step size.
+        head_batch: features a step.
+        repeats: augmented views over which a client averages a class's gradient.
+        images: most images of a class that a client looks at, per repeat.
+    """
+
+    per_class: int = 100
+    match_steps: int = 100
+    match_lr: float = 0.1
+    head_epochs: int = 300
+    head_lr: float = 0.01
+    head_batch: int = 32
+    repeats: int = 10
+    images: int = 32
+
+    def broadcast(self, memory: State) -> State:
+        """The retrained head: gradients are taken there."""
+        return {name: memory[name] for name in HEAD}
+
+    @torch.no_grad()
+    def upload(self, model: CompactModel, batches: Batches, own: Tensor, received: State, generator) -> State:
+        """`classes` (k,), the classes that the client holds, and `gradients` (k, C, D + 1)."""
+        model.eval()
+        head, labels = [received[name] for name in HEAD], batches.labels[own]
+        classes = labels.unique()
+        gradients = [self._gradient(model, batches, own[labels == c], head, generator) for c in classes]
+        return {"classes": classes, "gradients": torch.stack(gradients)}
+
+    def _gradient(self, model, batches, rows, head, generator) -> Tensor:
+        def once() -> Tensor:
+            some = rows[torch.randperm(len(rows), generator=generator)[: self.images].to(rows.device)]
+            features = model.features(strongly_augmented(batches, some, generator))
+            return head_gradients(features, batches.labels[some], *head)
+
+        return torch.stack([once() for _ in range(self.repeats)]).mean(0)
+
+    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
+        """Synthetic features (C, S, D) from a standard normal distribution, and the head to begin with."""
+        head = {name: parameters[name].clone() for name in HEAD}
+        classes, width = head["head.weight"].shape
+        features = torch.randn(classes, self.per_class, width, generator=generator).to(head["head.weight"])
+        return {"features": features, **head}
+
+    def server_update(
+        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
+    ) -> tuple[State, State]:
+        """The mean goes on; features are matched, and a fresh head is trained."""
+        wanted, present = mean_by_class(uploads, len(memory["features"]))
+        head = [memory[name] for name in HEAD]
+        memory = {**memory, **self._match(memory, wanted[present], present, head)}
+        weight, bias = self._fresh_head(memory["features"], generator)
+        return mean, {**memory, "head.weight": weight, "head.bias": bias}
+
+    def _match(self, memory: State, wanted: Tensor, present: Tensor, head: list[Tensor]) -> State:
+        """Move the features of the classes `present` (k,) until their gradients point as `wanted` (k, C, D + 1) do."""
+        moved = memory["features"][present].clone().requires_grad_()
+        beside = {name: t.clone().requires_grad_() for name, t in self.trained_beside(memory).items()}
+        free = [moved, *beside.values()]
+        labels = present[:, None].expand(-1, self.per_class)
+        for _ in range(self.match_steps):
+            found = head_gradients(moved, labels, *head)
+            loss = (1 - cosine_similarity(found, wanted, dim=-1)).sum() + self.beside_matching(moved, present, beside)
+            steps = torch.autograd.grad(loss, free)
+            with torch.no_grad():
+                for tensor, step in zip(free, steps, strict=True):
+                    tensor.sub_(self.match_lr * step)
+        features = memory["features"].clone()
+        features[present] = moved.detach()
+        return {"features": features, **{name: t.detach() for name, t in beside.items()}}
+
+    def trained_beside(self, memory: State) -> State:
+        """What else moves with the features; nothing here."""
+        return {}
+
+    def beside_matching(self, features: Tensor, classes: Tensor, trained: State) -> Tensor | float:
+        """A further term of the server's loss; nothing here."""
+        return 0.0
+
+    def _fresh_head(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        classes, count, width = features.shape
+        rows, labels = features.flatten(0, 1), torch.arange(classes, device=features.device).repeat_interleave(count)
+        bound = width**-0.5  # as torch starts a linear layer
+        both = ((torch.rand(classes, width + 1, generator=generator) * 2 - 1) * bound).to(features)
+        with torch.no_grad():
+            for _ in range(self.head_epochs):
+                for part in torch.randperm(len(rows), generator=generator).to(rows.device).split(self.head_batch):
+                    step = head_gradients(rows[part], labels[part], both[:, :-1], both[:, -1])
+                    both.sub_(step, alpha=self.head_lr)
+        return both[:, :-1].clone(), both[:, -1].clone()
+
+    def deployed(self, state: State, memory: State) -> State:
+        """The averaged body with the retrained head."""
+        return {**state, **{name: memory[name] for name in HEAD}}
+
+
+def mean_by_class(uploads: list[State], num_classes: int) -> tuple[Tensor, Tensor]:
+    """Gradients (C, C, D + 1) averaged over the clients that hold each class, and the classes that any holds (k,)."""
+    shape = (num_classes, *uploads[0]["gradients"].shape[1:])
+    total, count = uploads[0]["gradients"].new_zeros(shape), uploads[0]["gradients"].new_zeros(num_classes)
+    for sent in uploads:
+        total.index_add_(0, sent["classes"], sent["gradients"])
+        count.index_add_(0, sent["classes"], torch.ones_like(sent["classes"], dtype=count.dtype))
+    return total / count.clamp(min=1).view(-1, *[1] * (len(shape) - 1)), count.nonzero().flatten()
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(logits / T))``, mean over the batch (Hinton et al., 2015).
+
+    Args:
+        logits: (B, C).
+        teacher: the teacher's logits (B, C).
+        temperature: T.
+    """
+    student = log_softmax(logits / temperature, 1)
+    return temperature**2 * kl_div(student, softmax(teacher / temperature, 1), reduction="batchmean")
+
+
+@dataclass(frozen=True)
+class CLIP2FL(CReFF):
+    """CLIP-guided federated learning (Shi et al., 2024): CReFF, with CLIP as a teacher on both sides.
+
+    A client minimises ``CE + distill * T^2 * KL(softmax(clip / T) || softmax(out / T))``; on the server, the synthetic
+    features of each class are also drawn to CLIP's text feature of its name, by a contrastive loss on class means
+    after a linear map.
+
+    Our reading: CLIP sees each image once, whole, without the augmentation (so its logits can be computed before the
+    first round); the linear map moves with the features, at the same step size.
+
+    Attributes:
+        clip_logits: CLIP's logits on all clients' images (N, C).
+        text_features: CLIP's text features of the class names, of unit length (C, D_text).
+        clip_flops: of CLIP's image encoder on one image.
+        clip_bytes: of its weights.
+        distill: weight of the client's distillation.
+        temperature: T.
+        contrast: weight of the server's contrastive term.
+        contrast_temperature: its temperature.
+    """
+
+    clip_logits: Tensor = None
+    text_features: Tensor = None
+    clip_flops: int = 0
+    clip_bytes: int = 0
+    distill: float = 1.0
+    temperature: float = 3.0
+    contrast: float = 0.001
+    contrast_temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.clip_logits is None or self.text_features is None:
+            raise ValueError("CLIP2FL needs CLIP's logits and text features; make it with CLIP2FL.for_clients(train)")
+        if self.clip_logits.shape[1] != len(self.text_features):
+            raise ValueError(
+                f"one column of clip_logits and one row of text_features a class; there are {self.clip_logits.shape[1]}"
+                f" columns and {len(self.text_features)} rows"
+            )
+
+    @classmethod
+    def for_clients(cls, train: ImageSet, clip: str = "tiny_clip", **options: float) -> CLIP2FL:
+        """Ask the CLIP of that name (see `teacher.load_clip`) about the clients' images and the class names."""
+        from mllmfl_lite.teacher import load_clip  # slow to import, and the other methods do not need it
+
+        teacher = load_clip(clip or "tiny_clip")
+        flops, size = teacher.image_cost()
+        return cls(
+            clip_logits=teacher.class_logits(train.images, train.names),
+            text_features=teacher.class_features(train.names),
+            clip_flops=flops,
+            clip_bytes=size,
+            **options,
+        )
+
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
+        """Cross-entropy and the distillation of CLIP's answer."""
+        logits = model(x)
+        told = self.clip_logits[rows.cpu()].to(x.device)
+        return cross_entropy(logits, y) + self.distill * distillation(logits, told, self.temperature)
+
+    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
+        """CReFF's, and the linear map (D_text, D)."""
+        memory = super().init_memory(parameters, generator)
+        width = memory["features"].shape[2]
+        shape = (self.text_features.shape[1], width)
+        start = (torch.rand(shape, generator=generator) * 2 - 1) * width**-0.5
+        return {**memory, "map": start.to(memory["features"])}
+
+    def trained_beside(self, memory: State) -> State:
+        """The linear map."""
+        return {"map": memory["map"]}
+
+    def beside_matching(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
+        """The prototypes' contrastive loss, weighted."""
+        prototypes = features.mean(1) @ trained["map"].T
+        logits = cosine_similarity(prototypes[:, None], self.text_features.to(features)[None], dim=-1)
+        return self.contrast * cross_entropy(logits / self.contrast_temperature, classes)
+
+
+METHODS |= {"creff": CReFF, "clip2fl": CLIP2FL}
