@@ -1,8 +1,8 @@
 """Stage 3, global alignment: a class-balanced server set chosen by the teacher, and finetuning on it::
 
     told    = teacher.class_probabilities(web.images, names)
-    chosen  = draw_server_set(web, told, names, per_class=60)
-    aligned = align(model, chosen, AlignSettings(beta=1.0))
+    chosen  = draw_server_set(web, told, names, per_class=100)
+    aligned = align(model, chosen, AlignSettings())
 
 The loss is ``CE(y, p) + beta * KL(q || p)`` (the paper's): p is the model's softmax, q the teacher's distribution over
 the class names, y the teacher's own first choice. No client's image and no human label enters. That the set is drawn
@@ -138,7 +138,7 @@ def describe(chosen: ServerSet, pool: ImageSet) -> dict:
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """The numbers of an alignment.
+    """The numbers of an alignment. Defaults were chosen on held-out images (`scripts/choose_alignment.py`).
 
     Attributes:
         per_class: images a class in the server set.
@@ -153,9 +153,9 @@ class AlignSettings:
         seed: of batches and augmentation.
     """
 
-    per_class: int = 60
-    beta: float = 1.0
-    temperature: float = 1.0
+    per_class: int = 100
+    beta: float = 4.0
+    temperature: float = 2.0
     epochs: int = 20
     batch_size: int = 32
     lr: float = 0.02

@@ -26,8 +26,8 @@ from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_co
 from mllmfl_lite.federated import FedAvg, FedResult, FedSettings, run_federated, summarise
 from mllmfl_lite.models import CompactModel, build_model, load_model
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
-from mllmfl_lite.repro import pick_device
-from mllmfl_lite.results import RESULTS, ResultError, load_result, provenance, save_result
+from mllmfl_lite.repro import pick_device, sha256_arrays
+from mllmfl_lite.results import RESULTS, ResultError, differences, load_result, provenance, save_result
 from mllmfl_lite.transfer import with_head
 
 OWN_WEIGHTS = RESULTS / "laptop" / "pretraining"  # chapter 3's
@@ -49,10 +49,11 @@ class Experiment:
         method: one of `baselines.METHODS`, or ``"module:Class"`` for one of your own.
         method_options: the method's own numbers, e.g. ``{"mu": 0.1}``.
         settings: rounds and local training. Its seed also decides subset, split and initial weights.
-        start: where the rounds start. Empty: random weights. Else a file by `save_model`, ``{seed}`` standing for the
-            seed, or the name of one of chapter 3's conditions, e.g. ``"dwp_linear"``.
+        start: where the rounds start. Empty: random weights. Else a file by `save_model`, in the run's folder or
+            anywhere, or the name of one of chapter 3's conditions, e.g. ``"dwp_linear"``, which has a file a seed.
         align: stage 3 after the last round; None leaves it out.
         mllm: the teacher that answers in stage 3, a name for `load_mllm`.
+        pool: the data set whose part ``"web"`` is the server's pool of open images.
         clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_clip`.
     """
 
@@ -70,6 +71,7 @@ class Experiment:
     start: str = ""
     align: AlignSettings | None = None
     mllm: str = "tiny_llava"
+    pool: str = "cifar10_mini"
     clip: str = "tiny_clip"
 
     def with_seed(self, seed: int) -> Experiment:
@@ -100,8 +102,12 @@ class Experiment:
             )
         return METHODS[self.method].for_clients(train, self.clip, **self.method_options)
 
-    def build_model(self, num_classes: int) -> CompactModel:
+    def build_model(self, num_classes: int, folder: str | Path = "") -> CompactModel:
         """The model that the rounds start from; a pretrained one is given a fresh head.
+
+        Args:
+            num_classes: C.
+            folder: of the run, where `start` is looked for first.
 
         Raises:
             ValueError: the file of `start` is not there, or holds another model.
@@ -109,8 +115,8 @@ class Experiment:
         seed, new = self.settings.seed, build_model(self.model, num_classes, self.width, self.settings.seed)
         if not self.start:
             return new
-        named = OWN_WEIGHTS / f"{self.start}_seed{{seed}}.safetensors"
-        path = str(named if "." not in self.start else self.start).format(seed=seed)
+        places = [Path(folder) / self.start, Path(self.start), OWN_WEIGHTS / f"{self.start}_seed{seed}.safetensors"]
+        path = next((place for place in places if place.is_file()), places[-1])
         found = with_head(load_model(path), num_classes, seed)
         if [t.shape for t in found.state_dict().values()] != [t.shape for t in new.state_dict().values()]:
             raise ValueError(f"{path} holds another model than {self.model} of width {self.width}; set model and width")
@@ -118,7 +124,7 @@ class Experiment:
 
     def rounds_key(self) -> str:
         """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""
-        numbers = {k: v for k, v in asdict(self).items() if k not in ("align", "mllm")}
+        numbers = {k: v for k, v in asdict(self).items() if k not in ("align", "mllm", "pool")}
         numbers["settings"] = {k: v for k, v in numbers["settings"].items() if k not in ("rounds", "seed")}
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
         return f"{self.method.replace(':', '.')}-{digest[:8]}_seed{self.settings.seed}"
@@ -151,7 +157,7 @@ def run_experiment(
     chosen, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
     test = load_images(experiment.dataset, "test")
-    model = experiment.build_model(train.num_classes)
+    model = experiment.build_model(train.num_classes, folder)
     rounds = run_federated(
         model, train, split, test, experiment.build_method(train), experiment.settings,
         folder=Path(folder) / "checkpoints" / experiment.rounds_key() if folder else None,
@@ -161,7 +167,12 @@ def run_experiment(
         "label": label or experiment.method,
         "parameters": asdict(experiment),
         "summary": summarise(rounds.history, experiment.settings.report_rounds),
-        "data": {"train_images": len(train), "train_sha256": train.checksum(), "test_sha256": test.checksum()},
+        "data": {
+            "train_images": len(train),
+            "train_sha256": train.checksum(),
+            "test_sha256": test.checksum(),
+            "start_sha256": sha256_arrays(t.numpy() for t in model.state_dict().values()),
+        },
         "history": rounds.history,
     }
     if experiment.align:
@@ -175,7 +186,7 @@ def run_experiment(
 
 def _aligned(experiment, model, rounds: FedResult, train, test, device, folder) -> dict:
     """Stage 3: what it adds to the result."""
-    pool = load_images("cifar10_mini", "web")
+    pool = load_pool(experiment)
     told = ask_teacher(load_teacher(experiment, device), pool, train.names, Path(folder) / "told" if folder else "")
     chosen = draw_server_set(pool, told, train.names, experiment.align.per_class)
     model.load_state_dict(rounds.deployed)
@@ -197,6 +208,11 @@ def test_model(model: CompactModel, train: ImageSet, test: ImageSet, device: tor
 test_model.__test__ = False  # not a test of pytest's
 
 
+def load_pool(experiment: Experiment) -> ImageSet:
+    """The server's open images. Their labels are for measuring only."""
+    return load_images(experiment.pool, "web")
+
+
 def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
     """The teacher of stage 3, as `experiment.align` names it."""
     from mllmfl_lite.teacher import load_clip, load_mllm  # slow to import, and other experiments do not need them
@@ -208,15 +224,10 @@ def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
 
 def _finished(path: Path, experiment: Experiment) -> dict:
     result = load_result(path)
-    there, now = _flat(result["parameters"]), _flat(asdict(experiment))
-    there = {**_flat(asdict(Experiment())), **there}  # a file from before a parameter was there had its default
-    other = [f"{k} there {there.get(k)!r}, now {now.get(k)!r}" for k in {**there, **now} if there.get(k) != now.get(k)]
-    if other:
+    there = {**asdict(Experiment()), **result["parameters"]}  # a file older than a parameter was made with its default
+    there["settings"] = {**asdict(FedSettings()), **there["settings"]}
+    if other := differences(there, asdict(experiment)):
         raise ResultError(
-            f"{path} holds a run with other parameters ({'; '.join(other)}); set them back, or choose another folder"
+            f"{path} holds a run with other parameters ({other}); set them back, or choose another folder"
         )
     return result
-
-
-def _flat(parameters: dict) -> dict:
-    return {**parameters, **parameters["settings"], "settings": None}

@@ -70,6 +70,24 @@ def load_result(path: str | Path) -> dict:
     return result
 
 
+def differences(there: dict, now: dict) -> str:
+    """Where two sets of parameters differ, in words; empty where they do not. Inner ones are named ``outer.inner``."""
+    there, now = _flat(there), _flat(now)
+    missing = "nothing"
+    return "; ".join(
+        f"{key} there {there.get(key, missing)!r}, now {now.get(key, missing)!r}"
+        for key in {**there, **now}
+        if there.get(key, missing) != now.get(key, missing)
+    )
+
+
+def _flat(parameters: dict, before: str = "") -> dict:
+    flat = {}
+    for key, value in parameters.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
+
+
 def load_results(folder: str | Path) -> list[dict]:
     """All results in a folder, by file name; an empty list where there are none."""
     return [load_result(path) for path in sorted(Path(folder).glob("*.json"))]

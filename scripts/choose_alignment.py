@@ -1,6 +1,6 @@
 """How the settings of stage 3 were chosen: on held-out training images, never on the test part.
 
-    python scripts/choose_alignment.py          # about ten minutes on two cores
+    python scripts/choose_alignment.py          # about half an hour on two cores
 
 A fifth of the training part of `cifar10_mini` is held out and stands in for the test; the clients hold the long tail of
 the other four fifths. The seed is one that no result uses.

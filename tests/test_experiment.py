@@ -20,7 +20,7 @@ def test_a_finished_run_is_read_back_and_another_ones_file_refused(tmp_path):
     assert again["history"] == fresh["history"] and again["provenance"] == fresh["provenance"]
     with pytest.raises(ResultError, match=r"\(alpha there 0.5, now 0.1\); set them back, or choose another"):
         run_experiment(replace(TINY, alpha=0.1), tmp_path, "cpu", label="fedavg")
-    with pytest.raises(ResultError, match=r"\(lr there 0.1, now 0.2\)"):
+    with pytest.raises(ResultError, match=r"\(settings.lr there 0.1, now 0.2\)"):
         run_experiment(replace(TINY, settings=replace(TINY.settings, lr=0.2)), tmp_path, "cpu", label="fedavg")
 
 

@@ -1,0 +1,126 @@
+"""All three stages in one folder: annotations, pretrained weights, rounds, alignment, results::
+
+    pipeline = Pipeline(Experiment("cifar10_mini", num_clients=10, width=16, align=AlignSettings()))
+    result = run_pipeline(pipeline, "runs/mine")
+
+Each step leaves a file and is skipped where its file is there and was made with the same settings. So a run can be
+killed at any moment, goes on where it was, and can be carried to another machine with its folder:
+
+    stage1/annotations.jsonl   what the MLLM said of the web pictures, as it comes
+    stage1/seed0.safetensors   the compact model after stage 1, and beside it .json: what it was made with
+    told/                      the teacher's answers about the web pictures
+    checkpoints/               of stages 1 and 2, after so many steps and each round
+    <label>_seed0.json         the results
+
+Several experiments may share a folder, and share what they have in common.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from mllmfl_lite.annotate import Record, TransformersBackend, annotate, bundled_annotations
+from mllmfl_lite.data import load_images
+from mllmfl_lite.experiment import Experiment, load_pool, run_experiment
+from mllmfl_lite.models import build_model, save_model
+from mllmfl_lite.pictures import PictureSource, array_source
+from mllmfl_lite.pretrain import ArrayViews, PretrainSettings, pretrain, read_texts
+from mllmfl_lite.repro import pick_device
+from mllmfl_lite.results import ResultError, differences, load_result, provenance, save_result
+from mllmfl_lite.teacher import MllmTeacher, load_mllm
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What is run.
+
+    Attributes:
+        experiment: stages 2 and 3; its `start` is set here, its `mllm` writes the annotations.
+        pretrain: stage 1; its seed becomes the experiment's. None leaves stage 1 out.
+        kind: of the annotations that stage 1 learns from.
+        annotations: ``"bundled"``, or ``"new"``: ask the MLLM.
+    """
+
+    experiment: Experiment
+    pretrain: PretrainSettings | None = field(default_factory=PretrainSettings)
+    kind: str = "detailed_description"
+    annotations: str = "bundled"
+
+    def __post_init__(self) -> None:
+        if self.annotations not in ("bundled", "new"):
+            raise ValueError(f"annotations must be 'bundled' or 'new'; got {self.annotations!r}")
+
+    def with_seed(self, seed: int) -> Pipeline:
+        """The same with another seed, in every stage."""
+        return replace(self, experiment=self.experiment.with_seed(seed))
+
+
+def run_pipeline(pipeline: Pipeline, folder: str | Path, device: str = "auto", label: str = "") -> dict:
+    """Run what is not there yet, and return the result (see `run_experiment`).
+
+    Args:
+        pipeline: what to run.
+        folder: where everything is kept.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        label: names the results file; default the method.
+
+    Raises:
+        ResultError: the folder has pretrained weights or results of other settings; the differences are named.
+    """
+    experiment = pipeline.experiment
+    if pipeline.pretrain:
+        experiment = replace(experiment, start=f"stage1/{stage_one(pipeline, Path(folder), device).name}")
+    return run_experiment(experiment, folder, device, label=label)
+
+
+def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
+    """Annotate and pretrain, or find it done: the file with the compact model's weights."""
+    experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
+    path = folder / "stage1" / f"seed{seed}.safetensors"
+    asked = {
+        "pretrain": asdict(replace(pipeline.pretrain, seed=seed)),
+        "kind": pipeline.kind, "annotations": pipeline.annotations, "mllm": experiment.mllm,
+        "model": experiment.model, "width": experiment.width, "pool": experiment.pool,
+    }  # fmt: skip
+    if path.exists():
+        other = differences(load_result(path.with_suffix(".json"))["parameters"], asked)
+        if other:
+            raise ResultError(f"{path} was made with other settings ({other}); set them back, or choose another folder")
+        return path
+    _pretrain(pipeline, folder, path, asked, device)
+    return path
+
+
+def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device: str) -> None:
+    experiment, seed, started = pipeline.experiment, pipeline.experiment.settings.seed, time.perf_counter()
+    pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype="float32")
+    records = _records(pipeline, array_source(pool), mllm, path.parent / "annotations.jsonl")
+    views = ArrayViews(pool, mllm, folder / "checkpoints" / "features", pick_device(device))
+    classes = load_images(experiment.dataset, "test").num_classes
+    done = pretrain(
+        build_model(experiment.model, classes, experiment.width, seed),
+        mllm,
+        views,
+        read_texts(records, array_source(pool).ids, mllm),
+        replace(pipeline.pretrain, seed=seed),
+        folder=folder / "checkpoints" / f"stage1_seed{seed}",
+        device=device,
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    result = {
+        "label": "stage1",
+        "parameters": asked,
+        "data": {"images": len(pool), "pool_sha256": pool.checksum(), "texts": len(records), "mllm": mllm.identity},
+        "provenance": {**provenance(pick_device(device)), "seconds_in_this_process": seconds},
+        "history": done.history[:: max(1, len(done.history) // 200)],
+    }
+    save_result(path.with_suffix(".json"), result)
+    save_model(path, done.model.cpu(), experiment.model, experiment.width)  # last: where it is, all is there
+
+
+def _records(pipeline: Pipeline, source: PictureSource, mllm: MllmTeacher, path: Path) -> list[Record]:
+    if pipeline.annotations == "new":
+        return annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records
+    return [record for record in bundled_annotations() if record.kind == pipeline.kind]

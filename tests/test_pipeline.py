@@ -1,0 +1,128 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mllmfl_lite import pipeline as module
+from mllmfl_lite.align import AlignSettings
+from mllmfl_lite.annotate import bundled_annotations
+from mllmfl_lite.data import load_images
+from mllmfl_lite.experiment import Experiment
+from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.models import load_model
+from mllmfl_lite.pipeline import Pipeline, run_pipeline
+from mllmfl_lite.pretrain import PretrainSettings
+from mllmfl_lite.results import ResultError, load_results
+
+ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
+ALIGN = AlignSettings(per_class=3, epochs=2, teacher="clip")
+TINY = Pipeline(
+    Experiment("cifar10_mini", num_clients=4, width=2, settings=ROUNDS, align=ALIGN),
+    PretrainSettings(epochs=1, batch_size=16, checkpoint_every=1),
+)
+
+
+def few_pictures(experiment):
+    """A pool of 120 pictures of all kinds, so that a run takes seconds."""
+    return load_images(experiment.pool, "web").subset(np.arange(0, 3000, 25))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    make_small(monkeypatch.setattr)
+
+
+def make_small(put):
+    few = few_pictures(TINY.experiment)
+    mine = {f"{25 * k:04d}": f"{k:03d}" for k in range(len(few))}
+    records = [replace(r, id=mine[r.id]) for r in bundled_annotations() if r.id in mine]
+    put(module, "load_pool", lambda experiment: few)
+    put(module, "bundled_annotations", lambda: records)
+    put(sys.modules["mllmfl_lite.experiment"], "load_pool", lambda experiment: few)
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_all_stages_in_one_folder(tmp_path, small):
+    result = run_pipeline(TINY, tmp_path, "cpu")
+    files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {"stage1/seed0.safetensors", "stage1/seed0.json", "fedavg_seed0.json"} <= files
+    assert any(name.startswith("told/tiny_clip-") for name in files)
+    assert result["parameters"]["start"] == "stage1/seed0.safetensors" and result["aligned"]["metrics"]
+    (only,) = load_results(tmp_path)
+    assert only["summary"] == result["summary"]
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_what_is_there_is_not_made_again(tmp_path, small, monkeypatch):
+    first = run_pipeline(TINY, tmp_path, "cpu")
+    monkeypatch.setattr(module, "pretrain", None)  # whoever calls it now fails
+    assert run_pipeline(TINY, tmp_path, "cpu") == load_results(tmp_path)[0]
+    other = run_pipeline(replace(TINY, experiment=replace(TINY.experiment, align=None)), tmp_path, "cpu", "stage12")
+    assert other["history"] == first["history"] and "aligned" not in other
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_a_folder_carried_elsewhere_goes_on(tmp_path, small, monkeypatch):
+    first = run_pipeline(TINY, tmp_path / "here", "cpu")
+    os.rename(tmp_path / "here", tmp_path / "there")
+    (tmp_path / "there" / "fedavg_seed0.json").unlink()
+    monkeypatch.setattr(module, "pretrain", None)
+    again = run_pipeline(TINY, tmp_path / "there", "cpu")
+    assert again["summary"] == first["summary"] and again["history"] == first["history"]
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_weights_of_other_settings_are_refused(tmp_path, small):
+    run_pipeline(TINY, tmp_path, "cpu")
+    with pytest.raises(ResultError, match=r"made with other settings \(pretrain.lr there 0.002, now 0.1\); set them"):
+        run_pipeline(replace(TINY, pretrain=replace(TINY.pretrain, lr=0.1)), tmp_path, "cpu")
+    wider = replace(TINY.experiment, width=4)
+    with pytest.raises(ResultError, match=r"\(width there 2, now 4\)"):
+        run_pipeline(replace(TINY, experiment=wider), tmp_path, "cpu")
+    with pytest.raises(ValueError, match="annotations must be 'bundled' or 'new'; got 'old'"):
+        replace(TINY, annotations="old")
+
+
+def test_the_mllm_is_asked_where_wanted(tmp_path, monkeypatch):
+    some = load_images("cifar10_mini", "web").subset(np.arange(32))
+    monkeypatch.setattr(module, "load_pool", lambda experiment: some)
+    path = module.stage_one(replace(TINY, annotations="new"), tmp_path, "cpu")
+    assert len((tmp_path / "stage1" / "annotations.jsonl").read_text().splitlines()) == 32
+    assert load_model(path).num_features == 8
+
+
+KILLED_RUN = """
+import sys, torch, warnings
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+sys.path.insert(0, {tests!r})
+import test_pipeline
+test_pipeline.make_small(setattr)
+test_pipeline.run_pipeline(test_pipeline.TINY, {folder!r}, "cpu")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_killed_in_each_stage_it_ends_the_same(tmp_path, small):
+    """Kill the process at the first checkpoint of stage 1 and of stage 2, and once more; compare with a quiet run."""
+    folder = tmp_path / "killed"
+    code = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(folder))
+    signs = ["checkpoints/stage1_seed0/run.json", "stage1/seed0.safetensors", "checkpoints/fedavg-*_seed0/run.json"]
+    for sign in signs:
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+        while process.poll() is None and not list(folder.glob(sign)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed = run_pipeline(TINY, folder, "cpu")
+    quiet = run_pipeline(TINY, tmp_path / "quiet", "cpu")
+    assert killed["aligned"] == quiet["aligned"] and killed["summary"] == quiet["summary"]
+    weights = [load_model(tmp_path / name / "stage1" / "seed0.safetensors") for name in ("killed", "quiet")]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.state_dict().values() for w in weights), strict=True))
