@@ -81,7 +81,22 @@ def ask_teacher(teacher: Teacher, pool: ImageSet, names: Sequence[str], folder: 
     return safetensors.torch.load_file(path)["told"]
 
 
-def draw_server_set(pool: ImageSet, told: Tensor, names: Sequence[str], per_class: int) -> ServerSet:
+class PoolLabels:
+    """The control of `AlignSettings.teacher`: a teacher without error, since it reads the pool's own labels."""
+
+    def __init__(self, pool: ImageSet):
+        self.pool, self.identity = pool, "labels"
+
+    def class_probabilities(self, images: np.ndarray, names: Sequence[str]) -> Tensor:
+        """One for the label's class; the same for all where it is none of the names, float32 (N, C)."""
+        labels = [self.pool.names[label] for label in self.pool.labels]
+        told = torch.tensor([[float(label == name) for name in names] for label in labels])
+        return torch.where(told.sum(1, keepdim=True) > 0, told, 1 / len(names))
+
+
+def draw_server_set(
+    pool: ImageSet, told: Tensor, names: Sequence[str], per_class: int, without: Sequence[str] = ()
+) -> ServerSet:
     """The teacher's `per_class` most confident images of each class. The pool's own labels are not looked at.
 
     An image can stand for one class only, the teacher's first choice. Classes for which the pool has too few are named
@@ -92,9 +107,10 @@ def draw_server_set(pool: ImageSet, told: Tensor, names: Sequence[str], per_clas
         told: the teacher's distribution over `names` for each, float (N, C), rows summing to 1.
         names: the clients' class names.
         per_class: images a class, n.
+        without: classes to leave out.
 
     Raises:
-        AlignError: shapes that do not fit, rows that are no distributions, or n under 1.
+        AlignError: shapes that do not fit, rows that are no distributions, n under 1, or an unknown class to leave out.
     """
     if told.shape != (len(pool), len(names)) or not len(pool):
         raise AlignError(f"told must be (images, classes) = ({len(pool)}, {len(names)}); it is {tuple(told.shape)}")
@@ -102,9 +118,12 @@ def draw_server_set(pool: ImageSet, told: Tensor, names: Sequence[str], per_clas
         raise AlignError("each row of told must be a distribution; take them from a teacher's class_probabilities")
     if per_class < 1:
         raise AlignError(f"per_class must be at least 1; got {per_class}")
+    if unknown := [name for name in without if name not in names]:
+        raise AlignError(f"there is no class {unknown[0]!r} to leave out; there are {', '.join(names)}")
     sure, label = (values.numpy() for values in told.max(1))
     order = np.argsort(-sure, kind="stable")
-    by_class = [order[label[order] == c][:per_class] for c in range(len(names))]
+    wanted = [0 if name in without else per_class for name in names]
+    by_class = [order[label[order] == c][:n] for c, n in enumerate(wanted)]
     short = {name: len(own) for name, own in zip(names, by_class, strict=True) if len(own) < per_class}
     if short:
         listed = ", ".join(f"{name} ({count})" for name, count in short.items())
@@ -149,7 +168,9 @@ class AlignSettings:
         lr: SGD's peak step size, lowered along half a cosine.
         momentum: SGD's.
         part: ``"all"`` weights, or the ``"head"`` alone.
-        teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer, or ``"clip"``, zero-shot.
+        teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer, or ``"clip"``, zero-shot; or
+            ``"labels"``, a control: the pool's own labels, which no server has.
+        without: class names left out of the set, to see what a pool does that lacks them.
         seed: of batches and augmentation.
     """
 
@@ -162,6 +183,7 @@ class AlignSettings:
     momentum: float = 0.9
     part: str = "all"
     teacher: str = "mllm"
+    without: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -175,7 +197,7 @@ class AlignSettings:
         for name, high in (("beta", math.inf), ("momentum", 1)):
             if not 0 <= getattr(self, name) < high:
                 raise ValueError(f"{name} must be at least 0 and under {high}; got {getattr(self, name)}")
-        for name, choices in (("part", ("all", "head")), ("teacher", ("mllm", "clip"))):
+        for name, choices in (("part", ("all", "head")), ("teacher", ("mllm", "clip", "labels"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mllmfl_lite.align import AlignSettings, align, ask_teacher, describe, draw_server_set
+from mllmfl_lite.align import AlignSettings, PoolLabels, align, ask_teacher, describe, draw_server_set
 from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet, load_images
@@ -188,9 +188,10 @@ def _aligned(experiment, model, rounds: FedResult, train, test, device, folder) 
     """Stage 3: what it adds to the result."""
     pool = load_pool(experiment)
     told = ask_teacher(load_teacher(experiment, device), pool, train.names, Path(folder) / "told" if folder else "")
-    chosen = draw_server_set(pool, told, train.names, experiment.align.per_class)
+    wanted = experiment.align
+    chosen = draw_server_set(pool, told, train.names, wanted.per_class, wanted.without)
     model.load_state_dict(rounds.deployed)
-    done = align(model, chosen, experiment.align, device)
+    done = align(model, chosen, wanted, device)
     metrics = test_model(done.model, train, test, device)
     return {
         "aligned": {"metrics": metrics, "history": done.history, "server_set": describe(chosen, pool)},
@@ -217,6 +218,8 @@ def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
     """The teacher of stage 3, as `experiment.align` names it."""
     from mllmfl_lite.teacher import load_clip, load_mllm  # slow to import, and other experiments do not need them
 
+    if experiment.align.teacher == "labels":
+        return PoolLabels(load_pool(experiment))
     if experiment.align.teacher == "clip":
         return load_clip(experiment.clip, device=str(device))
     return load_mllm(experiment.mllm, device=str(device), dtype="float32")

@@ -72,7 +72,7 @@ def load_result(path: str | Path) -> dict:
 
 def differences(there: dict, now: dict) -> str:
     """Where two sets of parameters differ, in words; empty where they do not. Inner ones are named ``outer.inner``."""
-    there, now = _flat(there), _flat(now)
+    there, now = (_flat(json.loads(json.dumps(parameters))) for parameters in (there, now))  # as files have them
     missing = "nothing"
     return "; ".join(
         f"{key} there {there.get(key, missing)!r}, now {now.get(key, missing)!r}"

@@ -14,6 +14,7 @@ from mllmfl_lite.align import (
     AlignEachRound,
     AlignError,
     AlignSettings,
+    PoolLabels,
     ServerOnly,
     ServerSet,
     align,
@@ -142,6 +143,22 @@ def test_answers_that_do_not_fit_are_refused(images, told, change, says):
         draw_server_set(images, change(told), NAMES, 4)
 
 
+def test_classes_can_be_left_out(images, told):
+    with pytest.warns(UserWarning, match=r"1 of 3 classes: blue \(0\)"):
+        chosen = draw_server_set(images, told, NAMES, 4, ["blue"])
+    full = draw_server_set(images, told, NAMES, 4)
+    assert np.array_equal(chosen.rows, full.rows[full.images.labels != 2]) and chosen.short == {"blue": 0}
+    with pytest.raises(AlignError, match="no class 'pink' to leave out; there are red, green, blue"):
+        draw_server_set(images, told, NAMES, 4, ["pink"])
+
+
+def test_the_control_that_reads_labels(images):
+    told = PoolLabels(images).class_probabilities(images.images, (*images.names[:2], "other"))
+    assert torch.equal(told.argmax(1)[images.labels < 2], torch.from_numpy(images.labels[images.labels < 2]))
+    torch.testing.assert_close(told[images.labels == 2], torch.full((20, 3), 1 / 3))
+    assert told.max(1).values[images.labels == 2].max() < 1 / 2, "never among the most confident"
+
+
 def test_an_empty_set_and_a_head_of_the_wrong_size_are_refused(model, chosen):
     empty = ServerSet(chosen.images.subset(np.empty(0, int)), chosen.told[:0], chosen.rows[:0])
     with pytest.raises(AlignError, match="recognised none of the classes"):
@@ -246,6 +263,7 @@ def test_stage_3_shares_the_rounds_and_reports_the_aligned_model(tmp_path):
     assert len([f for f in (tmp_path / "checkpoints").iterdir()]) == 1
     assert result["summary"]["top1"] == result["aligned"]["metrics"]["top1"] != plain["summary"]["top1"]
     assert result["aligned"]["server_set"]["per_class"] == [4] * 10
+    assert run_experiment(TINY, tmp_path, "cpu", label="aligned")["aligned"] == result["aligned"], "read back"
 
 
 def test_alignment_never_touches_a_client(tmp_path, monkeypatch):

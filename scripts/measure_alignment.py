@@ -1,0 +1,54 @@
+"""What each part of stage 3 is worth, at laptop scale: every condition, every seed, one file each.
+
+    python scripts/measure_alignment.py                 # about half an hour on two cores
+
+All conditions of a seed start from one run of FedAvg, the one of `scripts/measure_methods.py laptop`.
+"""
+
+import argparse
+import multiprocessing
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from measure_methods import ALIGN, condition
+
+from mllmfl_lite.experiment import run_experiment
+from mllmfl_lite.repro import count_cores
+from mllmfl_lite.results import RESULTS
+
+CONDITIONS = {
+    "beta_0": {"beta": 0.0},
+    "beta_1": {"beta": 1.0},
+    "beta_4": {},
+    "beta_16": {"beta": 16.0},
+    "temperature_1": {"temperature": 1.0},
+    "images_10": {"per_class": 10},
+    "images_30": {"per_class": 30},
+    "head_only": {"part": "head"},
+    "clip": {"teacher": "clip"},
+    "labels": {"teacher": "labels"},
+    "labels_beta_0": {"teacher": "labels", "beta": 0.0},
+    "without_truck": {"without": ("truck",)},
+    "without_airplane": {"without": ("airplane",)},
+}
+
+
+def measure(seed: int, names: list[str], out: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="the pool has fewer")
+    for name in names:
+        experiment = replace(condition("laptop", "fedavg", seed), align=replace(ALIGN, **CONDITIONS[name], seed=seed))
+        result = run_experiment(experiment, out, device="cpu", workers=1, label=name)
+        print(f"{name} seed {seed}: {100 * result['summary']['top1']:.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(CONDITIONS), choices=CONDITIONS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=RESULTS / "laptop" / "alignment")
+    chosen = parser.parse_args()
+    with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:  # a seed's conditions share its rounds
+        pool.starmap(measure, [(seed, chosen.only, chosen.out) for seed in chosen.seeds], chunksize=1)
