@@ -316,6 +316,51 @@ def scarce_figure():
     save("07_scarce.svg", 800, 262, "The same training from two starts, with few labels", *parts)
 
 
+def alignment_figure():
+    parts = [
+        box(20, 20, 230, 224, SERVER),
+        text(135, 46, "open web images", 15, INK, weight="600"),
+        large_model(52, 62, 166, 50, ["the teacher says", "what it sees"]),
+        arrow(135, 116, 135, 146),
+        data(82, 202, [44, 20, 12, 30, 8, 26, 14, 34, 10, 22], 9, 2),
+        lines(135, 224, ["most confident of each class"], 12.5),
+        arrow(254, 132, 296, 132),
+        box(300, 20, 220, 224, SERVER),
+        text(410, 46, "balanced server set", 15, INK, weight="600"),
+        data(356, 132, [52] * 10, 9, 2),
+        lines(410, 160, ["y: the teacher's first choice", "q: its whole answer"], 13, INK),
+        lines(410, 210, ["no client's image,", "no human label"], 12.5),
+        arrow(524, 132, 566, 132),
+        box(570, 20, 220, 224, SERVER),
+        text(680, 46, "the federated model", 15, INK, weight="600"),
+        small_model(610, 72, 1.1),
+        text(700, 100, "answers p", 14, INK),
+        box(594, 140, 172, 40, "#ffffff", SMALL, 8),
+        text(680, 165, "CE(y, p) + β · KL(q ‖ p)", 12.5, SMALL, weight="600"),
+        lines(680, 210, ["finetuned for", "a few epochs"], 12.5),
+    ]
+    save("05_alignment.svg", 810, 264, "Global alignment on a balanced set that the teacher chose", *parts)
+
+
+def pipeline_figure():
+    steps = [
+        ("annotations", ["what the MLLM says", "of web pictures"], SERVER, LARGE),
+        ("pretrained", ["the compact model", "after stage 1"], SERVER, SMALL),
+        ("federated", ["after the rounds", "of stage 2"], CLIENT, SMALL),
+        ("aligned", ["after stage 3"], SERVER, SMALL),
+        ("results", ["figures, seeds,", "revision, device"], "#f2f4f6", INK),
+    ]
+    parts = []
+    for i, (name, rows, fill, colour) in enumerate(steps):
+        x = 12 + 160 * i
+        parts += [box(x, 20, 138, 118, fill), text(x + 69, 52, name, 15.5, colour, weight="600")]
+        parts += [lines(x + 69, 84, rows, 13, INK)]
+        if i < 4:
+            parts.append(arrow(x + 140, 79, x + 156, 79))
+    parts.append(text(400, 166, "one folder: what is there, with the same settings, is not made again", 13.5, QUIET))
+    save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *parts)
+
+
 def recipe_figure():
     steps = [
         ("1", "encoder", ["a ViT learns from", "labels and from", "tiny-clip"], "pictures"),
@@ -354,6 +399,8 @@ def draw_all():
     stages_figure()
     llava_figure()
     handover_figure()
+    alignment_figure()
+    pipeline_figure()
     scarce_figure()
     recipe_figure()
     logo()
