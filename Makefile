@@ -84,8 +84,10 @@ bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features bes
 	@$(BIN)/python benchmarks/bench_rounds.py
 	@$(BIN)/python benchmarks/bench_pretrain.py
 
-evidence: $(INSTALLED)  ## what each part of the pretraining is worth: files that are there are kept (an hour from nothing)
+evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (two hours from nothing, on two cores)
 	@$(BIN)/python scripts/measure_pretraining.py
+	@$(BIN)/python scripts/measure_methods.py laptop
+	@$(BIN)/python scripts/measure_alignment.py
 
 clean:  ## remove what was built; .venv stays
 	@rm -rf _build

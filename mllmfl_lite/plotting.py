@@ -20,6 +20,8 @@ METHOD_STYLES = {
     "fedavgm": ("FedAvgM", "#CC79A7", "^"),
     "creff": ("CReFF", "#E69F00", "D"),
     "clip2fl": ("CLIP2FL", "#8C6D31", "v"),
+    "stage1": ("stages 1 + 2", "#5b4b8a", "P"),
+    "stage3": ("stages 2 + 3", "#56B4E9", "X"),
     "mllm_llava_fl": ("MLLM-LLaVA-FL", "#0072B2", "*"),
 }
 
