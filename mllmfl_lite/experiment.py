@@ -23,8 +23,8 @@ from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
-from mllmfl_lite.federated import FedAvg, FedResult, FedSettings, run_federated, summarise
-from mllmfl_lite.models import CompactModel, build_model, load_model
+from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, summarise
+from mllmfl_lite.models import CompactModel, build_model, load_model, save_model
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
 from mllmfl_lite.repro import pick_device, sha256_arrays
 from mllmfl_lite.results import RESULTS, ResultError, differences, load_result, provenance, save_result
@@ -138,7 +138,8 @@ def run_experiment(
     Args:
         experiment: what to run.
         folder: where results are kept, as ``<label>_seed<seed>.json``, with a checkpoint after each round in
-            ``checkpoints/`` beside; a finished run is read back, an interrupted one goes on. Empty: nothing is kept.
+            ``checkpoints/`` beside, and the models after stages 2 and 3 in ``models/``; a finished run is read back, an
+            interrupted one goes on. Empty: nothing is kept.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: client threads, see `run_federated`.
         label: the name of the run in the folder and on the progress bar; default the method's.
@@ -175,8 +176,12 @@ def run_experiment(
         },
         "history": rounds.history,
     }
+    model.load_state_dict(rounds.deployed)
+    _keep(model, experiment, folder, f"{name}-federated")
     if experiment.align:
-        result |= _aligned(experiment, model, rounds, train, test, chosen, folder)
+        more, aligned = _align(experiment, model, train, test, chosen, folder)
+        result |= more
+        _keep(aligned, experiment, folder, f"{name}-aligned")
     seconds = round(time.perf_counter() - started, 1)
     result["provenance"] = {**provenance(chosen), "seconds_in_this_process": seconds}
     if path:
@@ -184,19 +189,26 @@ def run_experiment(
     return result
 
 
-def _aligned(experiment, model, rounds: FedResult, train, test, device, folder) -> dict:
-    """Stage 3: what it adds to the result."""
+def _keep(model: CompactModel, experiment: Experiment, folder: str | Path, name: str) -> None:
+    if folder:
+        path = Path(folder) / "models" / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(path, model, experiment.model, experiment.width)
+
+
+def _align(experiment, model, train, test, device, folder) -> tuple[dict, CompactModel]:
+    """Stage 3: what it adds to the result, and the aligned model."""
     pool = load_pool(experiment)
     told = ask_teacher(load_teacher(experiment, device), pool, train.names, Path(folder) / "told" if folder else "")
     wanted = experiment.align
     chosen = draw_server_set(pool, told, train.names, wanted.per_class, wanted.without)
-    model.load_state_dict(rounds.deployed)
     done = align(model, chosen, wanted, device)
     metrics = test_model(done.model, train, test, device)
-    return {
+    more = {
         "aligned": {"metrics": metrics, "history": done.history, "server_set": describe(chosen, pool)},
         "summary": summarise([{"metrics": metrics}], 1),
     }
+    return more, done.model
 
 
 def test_model(model: CompactModel, train: ImageSet, test: ImageSet, device: torch.device | str = "cpu") -> dict:

@@ -10,6 +10,7 @@ killed at any moment, goes on where it was, and can be carried to another machin
     stage1/seed0.safetensors   the compact model after stage 1, and beside it .json: what it was made with
     told/                      the teacher's answers about the web pictures
     checkpoints/               of stages 1 and 2, after so many steps and each round
+    models/                    ...-federated.safetensors after stage 2, ...-aligned.safetensors after stage 3
     <label>_seed0.json         the results
 
 Several experiments may share a folder, and share what they have in common.

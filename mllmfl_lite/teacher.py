@@ -241,13 +241,14 @@ class MllmTeacher(Teacher):
     def _score(self, inputs: dict[str, Tensor], ids: Tensor, real: Tensor) -> Tensor:
         first = self.model(**inputs, use_cache=True)
         count, answers = len(inputs["input_ids"]), len(ids)
-        first.past_key_values.batch_repeat_interleave(answers)
+        cached = "cache" if "cache" in first else "past_key_values"  # its name before transformers 5.24
+        first[cached].batch_repeat_interleave(answers)
         every = ids.repeat(count, 1)  # (count * answers, T)
         seen = inputs["attention_mask"].repeat_interleave(answers, 0)
         rest = self.model(
             input_ids=every[:, :-1],
             attention_mask=torch.cat([seen, torch.ones_like(every[:, :-1])], 1),
-            past_key_values=first.past_key_values,
+            **{cached: first[cached]},
         )
         before = torch.cat([first.logits[:, -1:].repeat_interleave(answers, 0), rest.logits], 1)
         scores = log_softmax(before.float(), -1).gather(2, every[..., None])[..., 0]

@@ -25,8 +25,9 @@ from mllmfl_lite.align import (
 )
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.experiment import Experiment, run_experiment
+from mllmfl_lite.experiment import test_model as check_model
 from mllmfl_lite.federated import FedSettings, run_federated
-from mllmfl_lite.models import build_model
+from mllmfl_lite.models import build_model, load_model
 from mllmfl_lite.repro import torch_generator
 
 NAMES = ("red", "green", "blue")
@@ -263,6 +264,11 @@ def test_stage_3_shares_the_rounds_and_reports_the_aligned_model(tmp_path):
     assert len([f for f in (tmp_path / "checkpoints").iterdir()]) == 1
     assert result["summary"]["top1"] == result["aligned"]["metrics"]["top1"] != plain["summary"]["top1"]
     assert result["aligned"]["server_set"]["per_class"] == [4] * 10
+    kept = {path.stem: load_model(path) for path in (tmp_path / "models").iterdir()}
+    assert kept.keys() == {"plain_seed0-federated", "aligned_seed0-federated", "aligned_seed0-aligned"}
+    train, test = TINY.clients()[0], load_images("cifar10_mini", "test")
+    assert check_model(kept["aligned_seed0-aligned"], train, test) == result["aligned"]["metrics"]
+    assert check_model(kept["plain_seed0-federated"], train, test) == plain["history"][-1]["metrics"]
     assert run_experiment(TINY, tmp_path, "cpu", label="aligned")["aligned"] == result["aligned"], "read back"
 
 
