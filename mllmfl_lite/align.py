@@ -155,6 +155,9 @@ def describe(chosen: ServerSet, pool: ImageSet) -> dict:
     }
 
 
+CHOICES = {"part": ("all", "head"), "teacher": ("mllm", "clip", "labels"), "when": ("end", "each round")}
+
+
 @dataclass(frozen=True)
 class AlignSettings:
     """The numbers of an alignment. Defaults were chosen on held-out images (`scripts/choose_alignment.py`).
@@ -170,6 +173,7 @@ class AlignSettings:
         part: ``"all"`` weights, or the ``"head"`` alone.
         teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer, or ``"clip"``, zero-shot; or
             ``"labels"``, a control: the pool's own labels, which no server has.
+        when: ``"end"``, once after the last round, or ``"each round"``: the clients' mean is aligned before it goes on.
         without: class names left out of the set, to see what a pool does that lacks them.
         seed: of batches and augmentation.
     """
@@ -183,6 +187,7 @@ class AlignSettings:
     momentum: float = 0.9
     part: str = "all"
     teacher: str = "mllm"
+    when: str = "end"
     without: tuple[str, ...] = ()
     seed: int = 0
 
@@ -197,7 +202,11 @@ class AlignSettings:
         for name, high in (("beta", math.inf), ("momentum", 1)):
             if not 0 <= getattr(self, name) < high:
                 raise ValueError(f"{name} must be at least 0 and under {high}; got {getattr(self, name)}")
-        for name, choices in (("part", ("all", "head")), ("teacher", ("mllm", "clip", "labels"))):
+        for name, choices in (
+            ("part", ("all", "head")),
+            ("teacher", ("mllm", "clip", "labels")),
+            ("when", ("end", "each round")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 

@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from mllmfl_lite.align import AlignSettings, PoolLabels, align, ask_teacher, describe, draw_server_set
+from mllmfl_lite.align import (
+    AlignEachRound,
+    AlignSettings,
+    PoolLabels,
+    ServerSet,
+    align,
+    ask_teacher,
+    describe,
+    draw_server_set,
+)
 from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet, load_images
@@ -125,6 +134,8 @@ class Experiment:
     def rounds_key(self) -> str:
         """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""
         numbers = {k: v for k, v in asdict(self).items() if k not in ("align", "mllm", "pool")}
+        if self.align and self.align.when == "each round":
+            numbers |= asdict(self.align)
         numbers["settings"] = {k: v for k, v in numbers["settings"].items() if k not in ("rounds", "seed")}
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
         return f"{self.method.replace(':', '.')}-{digest[:8]}_seed{self.settings.seed}"
@@ -155,15 +166,22 @@ def run_experiment(
     path = Path(folder) / f"{name}.json" if folder else None
     if path and path.exists():
         return _finished(path, experiment)
-    chosen, started = pick_device(device), time.perf_counter()
+    device, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
     test = load_images(experiment.dataset, "test")
     model = experiment.build_model(train.num_classes, folder)
+    start = sha256_arrays(t.numpy() for t in model.state_dict().values())
+    chosen = _server_set(experiment, train.names, device, folder) if experiment.align else None
+    method = experiment.build_method(train)
+    if chosen and experiment.align.when == "each round":
+        method = AlignEachRound(chosen, experiment.align, model)
     rounds = run_federated(
-        model, train, split, test, experiment.build_method(train), experiment.settings,
+        model, train, split, test, method, experiment.settings,
         folder=Path(folder) / "checkpoints" / experiment.rounds_key() if folder else None,
-        device=chosen, workers=workers, label=name,
+        device=device, workers=workers, label=name,
     )  # fmt: skip
+    model.load_state_dict(rounds.deployed)
+    _keep(model, experiment, folder, f"{name}-federated")
     result = {
         "label": label or experiment.method,
         "parameters": asdict(experiment),
@@ -172,18 +190,19 @@ def run_experiment(
             "train_images": len(train),
             "train_sha256": train.checksum(),
             "test_sha256": test.checksum(),
-            "start_sha256": sha256_arrays(t.numpy() for t in model.state_dict().values()),
+            "start_sha256": start,
         },
         "history": rounds.history,
     }
-    model.load_state_dict(rounds.deployed)
-    _keep(model, experiment, folder, f"{name}-federated")
-    if experiment.align:
-        more, aligned = _align(experiment, model, train, test, chosen, folder)
-        result |= more
-        _keep(aligned, experiment, folder, f"{name}-aligned")
+    if chosen:
+        result["aligned"] = {"server_set": describe(chosen, load_pool(experiment))}
+    if chosen and experiment.align.when == "end":
+        done = align(model, chosen, experiment.align, device)
+        _keep(done.model, experiment, folder, f"{name}-aligned")
+        result["aligned"] |= {"metrics": test_model(done.model, train, test, device), "history": done.history}
+        result["summary"] = summarise([result["aligned"]], 1)
     seconds = round(time.perf_counter() - started, 1)
-    result["provenance"] = {**provenance(chosen), "seconds_in_this_process": seconds}
+    result["provenance"] = {**provenance(device), "seconds_in_this_process": seconds}
     if path:
         save_result(path, result)
     return result
@@ -196,19 +215,10 @@ def _keep(model: CompactModel, experiment: Experiment, folder: str | Path, name:
         save_model(path, model, experiment.model, experiment.width)
 
 
-def _align(experiment, model, train, test, device, folder) -> tuple[dict, CompactModel]:
-    """Stage 3: what it adds to the result, and the aligned model."""
-    pool = load_pool(experiment)
-    told = ask_teacher(load_teacher(experiment, device), pool, train.names, Path(folder) / "told" if folder else "")
-    wanted = experiment.align
-    chosen = draw_server_set(pool, told, train.names, wanted.per_class, wanted.without)
-    done = align(model, chosen, wanted, device)
-    metrics = test_model(done.model, train, test, device)
-    more = {
-        "aligned": {"metrics": metrics, "history": done.history, "server_set": describe(chosen, pool)},
-        "summary": summarise([{"metrics": metrics}], 1),
-    }
-    return more, done.model
+def _server_set(experiment: Experiment, names, device, folder: str | Path) -> ServerSet:
+    pool, wanted = load_pool(experiment), experiment.align
+    told = ask_teacher(load_teacher(experiment, device), pool, names, Path(folder) / "told" if folder else "")
+    return draw_server_set(pool, told, names, wanted.per_class, wanted.without)
 
 
 def test_model(model: CompactModel, train: ImageSet, test: ImageSet, device: torch.device | str = "cpu") -> dict:
@@ -241,6 +251,7 @@ def _finished(path: Path, experiment: Experiment) -> dict:
     result = load_result(path)
     there = {**asdict(Experiment()), **result["parameters"]}  # a file older than a parameter was made with its default
     there["settings"] = {**asdict(FedSettings()), **there["settings"]}
+    there["align"] = there["align"] and {**asdict(AlignSettings()), **there["align"]}
     if other := differences(there, asdict(experiment)):
         raise ResultError(
             f"{path} holds a run with other parameters ({other}); set them back, or choose another folder"

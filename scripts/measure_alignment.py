@@ -30,6 +30,7 @@ CONDITIONS = {
     "clip": {"teacher": "clip"},
     "labels": {"teacher": "labels"},
     "labels_beta_0": {"teacher": "labels", "beta": 0.0},
+    "each_round": {"when": "each round", "epochs": 1},  # as many passes in all
     "without_truck": {"without": ("truck",)},
     "without_airplane": {"without": ("airplane",)},
 }

@@ -226,7 +226,7 @@ def test_a_loss_that_is_lost_is_said(model, chosen):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("per_class", 0), ("epochs", 0), ("batch_size", 1.5), ("lr", 0.0), ("lr", math.nan), ("temperature", 0.0),
-     ("beta", -1.0), ("momentum", 1.0), ("part", "body"), ("teacher", "oracle")],
+     ("beta", -1.0), ("momentum", 1.0), ("part", "body"), ("teacher", "oracle"), ("when", "never")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -270,6 +270,13 @@ def test_stage_3_shares_the_rounds_and_reports_the_aligned_model(tmp_path):
     assert check_model(kept["aligned_seed0-aligned"], train, test) == result["aligned"]["metrics"]
     assert check_model(kept["plain_seed0-federated"], train, test) == plain["history"][-1]["metrics"]
     assert run_experiment(TINY, tmp_path, "cpu", label="aligned")["aligned"] == result["aligned"], "read back"
+
+
+def test_stage_3_in_each_round(tmp_path):
+    each = replace(TINY, align=replace(TINY.align, when="each round"))
+    result, end = (run_experiment(e, tmp_path, "cpu", label=f"{e.align.when[:3]}") for e in (each, TINY))
+    assert result["summary"]["top1"] == result["history"][-1]["metrics"]["top1"] and "metrics" not in result["aligned"]
+    assert result["history"][0]["metrics"] != end["history"][0]["metrics"], "the first round is aligned already"
 
 
 def test_alignment_never_touches_a_client(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mllmfl_lite import results
+from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.experiment import Experiment, run_experiment
 from mllmfl_lite.federated import FedProx, FedSettings
 from mllmfl_lite.results import ResultError
@@ -22,6 +23,22 @@ def test_a_finished_run_is_read_back_and_another_ones_file_refused(tmp_path):
         run_experiment(replace(TINY, alpha=0.1), tmp_path, "cpu", label="fedavg")
     with pytest.raises(ResultError, match=r"\(settings.lr there 0.1, now 0.2\)"):
         run_experiment(replace(TINY, settings=replace(TINY.settings, lr=0.2)), tmp_path, "cpu", label="fedavg")
+
+
+def test_a_file_older_than_a_parameter_was_made_with_its_default(tmp_path):
+    aligned = replace(TINY, align=AlignSettings(per_class=3, epochs=1, teacher="clip"))
+    run_experiment(aligned, tmp_path, "cpu", label="old")
+    path = tmp_path / "old_seed0.json"
+    result = json.loads(path.read_text())
+    del (
+        result["parameters"]["clip"],
+        result["parameters"]["settings"]["precision"],
+        result["parameters"]["align"]["when"],
+    )
+    path.write_text(json.dumps(result))
+    assert run_experiment(aligned, tmp_path, "cpu", label="old")["summary"] == result["summary"]
+    with pytest.raises(ResultError, match=r"clip there 'tiny_clip', now 'other'"):
+        run_experiment(replace(aligned, clip="other"), tmp_path, "cpu", label="old")
 
 
 def test_a_results_file_says_what_was_run_on_what_and_where(tmp_path):
@@ -104,7 +121,7 @@ def test_committed_results_are_whole():
             numbers = result["parameters"].get("settings", result["parameters"])
             if "rounds" in numbers:
                 assert len(result["history"]) == numbers["rounds"]
-                reported = [result["aligned"]] if "aligned" in result else result["history"]
+                reported = [result["aligned"]] if "metrics" in result.get("aligned", ()) else result["history"]
                 assert result["summary"] == summarise(reported, numbers["report_rounds"])
             elif "best" in result["summary"]:
                 assert result["summary"]["best"] == best(result["history"])
