@@ -57,13 +57,24 @@ def condition(scale: str, name: str, seed: int) -> Experiment:
     return replace(base, **CONDITIONS[name]).with_seed(seed)
 
 
-def measure(scale: str, name: str, seed: int, out: Path) -> None:
+def measure(scale: str, names: list[str], seed: int, out: Path) -> None:
+    """Conditions of one seed that share a run of the rounds, one after the other."""
     torch.set_num_threads(1)
-    if (out / f"{name}_seed{seed}.json").exists():
-        return
-    result = run_experiment(condition(scale, name, seed), out, device="cpu", workers=1, label=name)
-    seconds, top1 = result["provenance"]["seconds_in_this_process"], result["summary"]["top1"]
-    print(f"{scale} {name} seed {seed}: {100 * top1:.1f} % in {seconds:.0f} s", flush=True)
+    for name in names:
+        if (out / f"{name}_seed{seed}.json").exists():
+            continue
+        result = run_experiment(condition(scale, name, seed), out, device="cpu", workers=1, label=name)
+        seconds, top1 = result["provenance"]["seconds_in_this_process"], result["summary"]["top1"]
+        print(f"{scale} {name} seed {seed}: {100 * top1:.1f} % in {seconds:.0f} s", flush=True)
+
+
+def jobs(scale: str, names: list[str], seeds: list[int], out: Path) -> list[tuple]:
+    """What may run side by side, in the order of the conditions: no two of them write to the same checkpoint."""
+    sharing = {}
+    for name in names:
+        for seed in seeds:
+            sharing.setdefault((condition(scale, name, seed).rounds_key(), seed), []).append(name)
+    return [(scale, together, seed, out) for (_, seed), together in sharing.items()]
 
 
 if __name__ == "__main__":
@@ -74,6 +85,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     out = chosen.out or RESULTS / SCALES[chosen.scale][0]
-    jobs = [(chosen.scale, name, seed, out) for name in chosen.only for seed in chosen.seeds]
     with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:
-        pool.starmap(measure, jobs, chunksize=1)
+        pool.starmap(measure, jobs(chosen.scale, chosen.only, chosen.seeds, out), chunksize=1)
