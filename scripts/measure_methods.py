@@ -44,8 +44,11 @@ CONDITIONS = {
     "mllm_llava_fl": {"start": START, "align": ALIGN},
     "mllm_llava_fl_ce": {"start": START, "align": CE_ONLY},
     "mllm_llava_fl_features": {"start": "features", "align": ALIGN},
+    "creff_stage3": {"method": "creff", "align": ALIGN},
+    "clip2fl_stage3": {"method": "clip2fl", "align": ALIGN},
     "server_only": {"method": "server_only", "align": ALIGN},
     "server_only_stage1": {"method": "server_only", "start": START, "align": ALIGN},
+    "server_only_features": {"method": "server_only", "start": "features", "align": ALIGN},
 }
 
 
