@@ -155,7 +155,7 @@ def describe(chosen: ServerSet, pool: ImageSet) -> dict:
     }
 
 
-CHOICES = {"part": ("all", "head"), "teacher": ("mllm", "clip", "labels"), "when": ("end", "each round")}
+CHOICES = {"part": ("all", "head"), "teacher": ("mllm", "clip", "imagenet", "labels"), "when": ("end", "each round")}
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,9 @@ class AlignSettings:
         lr: SGD's peak step size, lowered along half a cosine.
         momentum: SGD's.
         part: ``"all"`` weights, or the ``"head"`` alone.
-        teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer, or ``"clip"``, zero-shot; or
-            ``"labels"``, a control: the pool's own labels, which no server has.
+        teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer; ``"clip"``, zero-shot;
+            ``"imagenet"``, a classifier that never saw CIFAR (see `imagenet_teacher`); or ``"labels"``, a control: the
+            pool's own labels, which no server has.
         when: ``"end"``, once after the last round, or ``"each round"``: the clients' mean is aligned before it goes on.
         without: class names left out of the set, to see what a pool does that lacks them.
         seed: of batches and augmentation.

@@ -238,10 +238,13 @@ def load_pool(experiment: Experiment) -> ImageSet:
 
 def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
     """The teacher of stage 3, as `experiment.align` names it."""
-    from mllmfl_lite.teacher import load_clip, load_mllm  # slow to import, and other experiments do not need them
+    from mllmfl_lite.imagenet_teacher import load_imagenet  # slow to import, and other experiments do not need them
+    from mllmfl_lite.teacher import load_clip, load_mllm
 
     if experiment.align.teacher == "labels":
         return PoolLabels(load_pool(experiment))
+    if experiment.align.teacher == "imagenet":
+        return load_imagenet(device=str(device))
     if experiment.align.teacher == "clip":
         return load_clip(experiment.clip, device=str(device))
     return load_mllm(experiment.mllm, device=str(device), dtype="float32")

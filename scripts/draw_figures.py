@@ -309,7 +309,7 @@ def scarce_figure():
         parts += [text(290, y + 26, name, 15, INK, weight="600")]
         parts += [box(320 + 23 * j, y + 10, 19, 22, HEAD if j < share else "#e6eaee", radius=3) for j in range(10)]
     parts += [
-        text(434, 26, "labelled pictures", 13, QUIET),
+        text(434, 26, "labelled pictures (a box is one per cent)", 13, QUIET),
         arrow(566, 128, 612, 128),
         lines(704, 104, ["how many epochs", "to a target?", "how far", "in the end?"], 14, INK),
     ]
