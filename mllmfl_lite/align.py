@@ -31,7 +31,7 @@ from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.federated import METHODS, FedAvg, State
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import sha256_arrays, stable_seed, write_atomically
+from mllmfl_lite.repro import sha256_arrays, torch_generator, write_atomically
 
 if TYPE_CHECKING:  # slow to import
     from mllmfl_lite.teacher import Teacher
@@ -203,11 +203,7 @@ class AlignSettings:
         for name, high in (("beta", math.inf), ("momentum", 1)):
             if not 0 <= getattr(self, name) < high:
                 raise ValueError(f"{name} must be at least 0 and under {high}; got {getattr(self, name)}")
-        for name, choices in (
-            ("part", ("all", "head")),
-            ("teacher", ("mllm", "clip", "labels")),
-            ("when", ("end", "each round")),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 
@@ -264,7 +260,7 @@ def align(
     batches, told = Batches(chosen.images, device), chosen.told.to(device)
     weights = list((model if settings.part == "all" else model.head).parameters())
     optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
-    generator = torch.Generator().manual_seed(stable_seed(settings.seed, "alignment"))
+    generator = torch_generator(settings.seed, "alignment")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     history = []
     for epoch in range(1, settings.epochs + 1):

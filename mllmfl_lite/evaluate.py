@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllmfl_lite.batches import Batches
+from mllmfl_lite.data import ImageSet
 from mllmfl_lite.partition import rank_thirds, shot_groups
 
 EVAL_BATCH = 250
@@ -67,6 +68,25 @@ def metrics_from_confusion(confusion: np.ndarray, groups: dict[str, list[int]]) 
     seen = confusion.sum(1)
     per_class = [float(confusion[c, c] / n) if n else None for c, n in enumerate(seen)]
     return Metrics(float(np.trace(confusion) / total), per_class, {g: _mean(per_class, of) for g, of in groups.items()})
+
+
+def evaluate_model(
+    model: nn.Module, test: ImageSet, train_counts: np.ndarray, device: torch.device | str = "cpu"
+) -> dict:
+    """A model's `Metrics` on `test` as a plain dictionary, as a run's history has them.
+
+    Args:
+        model: images to logits.
+        test: the images to test on.
+        train_counts: the clients' images a class, which make the class groups (C,).
+        device: where to test; the model is moved there.
+
+    Raises:
+        ValueError: the test set has no image.
+    """
+    guesses = predict(model.to(device), Batches(test, device)).cpu().numpy()
+    confusion = confusion_matrix(test.labels, guesses, test.num_classes)
+    return metrics_from_confusion(confusion, class_groups(train_counts)).as_dict()
 
 
 def _mean(per_class: list[float | None], classes: list[int]) -> float | None:

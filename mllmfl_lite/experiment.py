@@ -3,7 +3,7 @@
 The same object describes a laptop minute and a paper-scale day; only the numbers differ. Every stage leaves a file in
 the run's folder and is skipped where its file is there and has the same settings::
 
-    experiment = Experiment(method="fedavg", start="pretrained_seed{seed}.safetensors", align=AlignSettings())
+    experiment = Experiment(method="fedavg", start="dwp_linear", width=16, align=AlignSettings())
     result = run_experiment(experiment, "runs/mine")
 """
 
@@ -29,9 +29,8 @@ from mllmfl_lite.align import (
     draw_server_set,
 )
 from mllmfl_lite.baselines import METHODS
-from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import ImageSet, load_images
-from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
+from mllmfl_lite.evaluate import evaluate_model
 from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, summarise
 from mllmfl_lite.models import CompactModel, build_model, load_model, save_model
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
@@ -199,7 +198,10 @@ def run_experiment(
     if chosen and experiment.align.when == "end":
         done = align(model, chosen, experiment.align, device)
         _keep(done.model, experiment, folder, f"{name}-aligned")
-        result["aligned"] |= {"metrics": test_model(done.model, train, test, device), "history": done.history}
+        result["aligned"] |= {
+            "metrics": evaluate_model(done.model, test, train.class_counts(), device),
+            "history": done.history,
+        }
         result["summary"] = summarise([result["aligned"]], 1)
     seconds = round(time.perf_counter() - started, 1)
     result["provenance"] = {**provenance(device), "seconds_in_this_process": seconds}
@@ -219,16 +221,6 @@ def _server_set(experiment: Experiment, names, device, folder: str | Path) -> Se
     pool, wanted = load_pool(experiment), experiment.align
     told = ask_teacher(load_teacher(experiment, device), pool, names, Path(folder) / "told" if folder else "")
     return draw_server_set(pool, told, names, wanted.per_class, wanted.without)
-
-
-def test_model(model: CompactModel, train: ImageSet, test: ImageSet, device: torch.device | str = "cpu") -> dict:
-    """A model's metrics on `test`, with the class groups of `train`, as a run's history has them."""
-    guesses = predict(model.to(device), Batches(test, device)).cpu().numpy()
-    confusion = confusion_matrix(test.labels, guesses, test.num_classes)
-    return metrics_from_confusion(confusion, class_groups(train.class_counts())).as_dict()
-
-
-test_model.__test__ = False  # not a test of pytest's
 
 
 def load_pool(experiment: Experiment) -> ImageSet:

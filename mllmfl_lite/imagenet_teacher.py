@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
-from torch.utils.flop_counter import FlopCounterMode
 
 from mllmfl_lite.repro import pick_device
 from mllmfl_lite.teacher import Teacher, TeacherError, _as_pil, _first_line
@@ -138,9 +137,7 @@ class ImageNetTeacher(Teacher):
 
     def image_cost(self) -> tuple[int, int]:
         """Floating-point operations of the network on one image, and the bytes of its weights."""
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            self.model(self.pixels([Image.new("RGB", (32, 32))]))
-        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self._cost(self.model, self.model)
 
 
 class _Network(nn.Module):

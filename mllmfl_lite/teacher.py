@@ -81,6 +81,12 @@ class Teacher:
             raise ValueError("there are no images to look at; give at least one")
         return torch.cat(parts)
 
+    def _cost(self, look: Callable[[Tensor], Tensor], weights: torch.nn.Module) -> tuple[int, int]:
+        """Floating-point operations of `look` on one picture, and the bytes of the weights that it uses."""
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            look(self.pixels([Image.new("RGB", (32, 32))]))
+        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights.parameters())
+
 
 class ClipTeacher(Teacher):
     """A CLIP of `open_clip`: two encoders that put pictures and sentences into one space (Radford et al., 2021).
@@ -142,10 +148,7 @@ class ClipTeacher(Teacher):
 
     def image_cost(self) -> tuple[int, int]:
         """Floating-point operations of the image encoder on one image, and the bytes of its weights."""
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            self.model.encode_image(self.pixels([Image.new("RGB", (32, 32))]))
-        weights = self.model.visual.parameters()
-        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights)
+        return self._cost(self.model.encode_image, self.model.visual)
 
     def similarity(self, images: Sequence, texts: Sequence[str]) -> Tensor:
         """Cosine of each image with its own text, float32 (N,); long texts are cut at the context length."""

@@ -10,20 +10,18 @@ import argparse
 import itertools
 import multiprocessing
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from mllmfl_lite.align import AlignSettings, align, ask_teacher, draw_server_set
 from mllmfl_lite.data import load_images
-from mllmfl_lite.experiment import Experiment, load_teacher, test_model
+from mllmfl_lite.evaluate import evaluate_model
+from mllmfl_lite.experiment import OWN_WEIGHTS, Experiment, load_pool, load_teacher
 from mllmfl_lite.federated import FedSettings, run_federated
-from mllmfl_lite.models import load_model
 from mllmfl_lite.partition import long_tail_subset, split_clients
 from mllmfl_lite.repro import count_cores
 from mllmfl_lite.results import RESULTS
-from mllmfl_lite.transfer import with_head
 
 SEED = 7
 ROUNDS = FedSettings(rounds=20, clients_per_round=4, local_epochs=2, eval_every=100, report_rounds=1, seed=SEED)
@@ -50,9 +48,8 @@ def world():
 def federated(start):
     torch.set_num_threads(1)
     train, split, held = world()
-    model = replace(Experiment(width=16, settings=ROUNDS), start="").build_model(10)
-    if start:
-        model = with_head(load_model(RESULTS / "laptop" / "pretraining" / f"{start}_seed0.safetensors"), 10, SEED)
+    weights = str(OWN_WEIGHTS / f"{start}_seed0.safetensors") if start else ""
+    model = Experiment(width=16, settings=ROUNDS, start=weights).build_model(10)
     run = run_federated(model, train, split, held, settings=ROUNDS, workers=1)
     print(f"{start or 'random'}: before alignment {100 * run.history[-1]['metrics']['top1']:.1f} %", flush=True)
     return start, run.deployed
@@ -64,12 +61,12 @@ def tried(job):
     start, state, numbers = job
     settings = AlignSettings(**numbers, seed=SEED)
     train, _, held = world()
-    pool = load_images("cifar10_mini", "web")
-    told = ask_teacher(load_teacher(Experiment(align=settings), "cpu"), pool, train.names, TOLD)
-    model = Experiment(width=16).build_model(10)
+    experiment = Experiment(width=16, align=settings)
+    pool, model = load_pool(experiment), experiment.build_model(10)
+    told = ask_teacher(load_teacher(experiment, "cpu"), pool, train.names, TOLD)
     model.load_state_dict(state)
     done = align(model, draw_server_set(pool, told, train.names, settings.per_class), settings)
-    return start, numbers, test_model(done.model, train, held)
+    return start, numbers, evaluate_model(done.model, held, train.class_counts())
 
 
 if __name__ == "__main__":

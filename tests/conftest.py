@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from mllmfl_lite import partition
 from mllmfl_lite.data import ImageSet
+from mllmfl_lite.models import CompactModel, build_model
 
 torch.set_num_threads(1)
 
@@ -19,3 +21,13 @@ def make_images(n: int = 60, num_classes: int = 3, size: int = 8, seed: int = 0)
 @pytest.fixture
 def images() -> ImageSet:
     return make_images()
+
+
+@pytest.fixture
+def model() -> CompactModel:
+    return build_model("resnet8", 3, width=4)
+
+
+@pytest.fixture
+def split(images) -> partition.Split:
+    return partition.iid(images.labels, 4, seed=0)

@@ -24,8 +24,8 @@ from mllmfl_lite.align import (
     draw_server_set,
 )
 from mllmfl_lite.data import ImageSet, load_images
+from mllmfl_lite.evaluate import evaluate_model
 from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.experiment import test_model as check_model
 from mllmfl_lite.federated import FedSettings, run_federated
 from mllmfl_lite.models import build_model, load_model
 from mllmfl_lite.repro import torch_generator
@@ -36,11 +36,6 @@ QUICK = AlignSettings(per_class=4, epochs=2, batch_size=8)
 
 def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def model():
-    return build_model("resnet8", 3, width=4)
 
 
 @pytest.fixture
@@ -235,6 +230,12 @@ def test_settings_out_of_range_are_refused(name, value):
 
 # ------------------------------------------------------------------------------------------------ with the rounds
 
+
+def test_every_teacher_that_is_named_can_be_chosen():
+    for teacher in ("mllm", "clip", "imagenet", "labels"):
+        assert AlignSettings(teacher=teacher).teacher == teacher
+
+
 ROUNDS = FedSettings(rounds=2, clients_per_round=2, local_epochs=1, batch_size=16, report_rounds=1)
 
 
@@ -266,9 +267,9 @@ def test_stage_3_shares_the_rounds_and_reports_the_aligned_model(tmp_path):
     assert result["aligned"]["server_set"]["per_class"] == [4] * 10
     kept = {path.stem: load_model(path) for path in (tmp_path / "models").iterdir()}
     assert kept.keys() == {"plain_seed0-federated", "aligned_seed0-federated", "aligned_seed0-aligned"}
-    train, test = TINY.clients()[0], load_images("cifar10_mini", "test")
-    assert check_model(kept["aligned_seed0-aligned"], train, test) == result["aligned"]["metrics"]
-    assert check_model(kept["plain_seed0-federated"], train, test) == plain["history"][-1]["metrics"]
+    counts, test = TINY.clients()[0].class_counts(), load_images("cifar10_mini", "test")
+    assert evaluate_model(kept["aligned_seed0-aligned"], test, counts) == result["aligned"]["metrics"]
+    assert evaluate_model(kept["plain_seed0-federated"], test, counts) == plain["history"][-1]["metrics"]
     assert run_experiment(TINY, tmp_path, "cpu", label="aligned")["aligned"] == result["aligned"], "read back"
 
 

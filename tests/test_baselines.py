@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -6,26 +6,15 @@ import torch
 from conftest import make_images
 from torch.nn.functional import cross_entropy
 
-from mllmfl_lite import baselines, partition
+from mllmfl_lite import baselines
 from mllmfl_lite.baselines import CLIP2FL, HEAD, CReFF, distillation, head_gradients, mean_by_class
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import METHODS, FedAvg, FedSettings, run_federated
-from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
 
 QUICK = FedSettings(rounds=2, clients_per_round=2, local_epochs=1, batch_size=16, lr=0.05)
 SMALL = {"per_class": 5, "match_steps": 5, "head_epochs": 3, "repeats": 2}
-
-
-@pytest.fixture
-def model():
-    return build_model("resnet8", 3, width=4)
-
-
-@pytest.fixture
-def split(images):
-    return partition.iid(images.labels, 4, seed=0)
 
 
 def clip2fl(images, **options):
@@ -194,6 +183,47 @@ def test_fedavg_in_the_framework_is_fedavg(images, model, split):
     mended = run_federated(model, images, split, images, CReFF(**SMALL), QUICK)
     assert equal(plain.state, mended.state) and equal(plain.state, plain.deployed)
     assert [n for n in plain.state if not torch.equal(plain.state[n], mended.deployed[n])] == list(HEAD)
+
+
+def test_what_is_tested_is_what_is_deployed(images, model, split):
+    """Deployed weights that name the last class always, whatever the clients have learned."""
+    run = run_federated(model, images, split, images, Stubborn(), QUICK)
+    assert [record["metrics"]["per_class"] for record in run.history] == [[0.0, 0.0, 1.0]] * 2
+    assert run.deployed["head.bias"].tolist() != run.state["head.bias"].tolist()
+
+
+@dataclass(frozen=True)
+class Stubborn(FedAvg):
+    """Never learns, as far as one can see."""
+
+    def deployed(self, state, memory):
+        return {**state, "head.weight": 0 * state["head.weight"], "head.bias": torch.tensor([0.0, 0.0, 1.0])}
+
+
+def test_a_client_uploads_from_all_its_images_and_the_weights_as_they_arrived(images, model, split):
+    method = Witness()
+    run = run_federated(model, images, split, images, method, replace(QUICK, rounds=1))
+    chosen = run.history[0]["clients"]
+    assert [sent["rows"].tolist() for sent in method.seen] == [split[client].tolist() for client in chosen]
+    assert all(torch.equal(sent["bias"], model.head.bias) for sent in method.seen)
+    assert all(sent["received"].item() == 7 for sent in method.seen)
+
+
+@dataclass(frozen=True)
+class Witness(FedAvg):
+    """Clients send what they see; the server writes it down."""
+
+    seen: list = field(default_factory=list)
+
+    def broadcast(self, memory):
+        return {"seven": torch.tensor(7)}
+
+    def upload(self, model, batches, own, received, generator):
+        return {"rows": own, "bias": model.head.bias.detach().clone(), "received": received["seven"]}
+
+    def server_update(self, state, mean, memory, uploads, generator):
+        self.seen.extend(uploads)
+        return mean, memory
 
 
 @pytest.mark.parametrize("make", [lambda _: CReFF(**SMALL), clip2fl])

@@ -1,21 +1,14 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
 from mllmfl_lite.baselines import CLIP2FL, CReFF
 from mllmfl_lite.cost import PeakMemory, client_cost, size
 from mllmfl_lite.federated import FedAvg, FedAvgM, FedProx, FedSettings
-from mllmfl_lite.models import build_model
 
 SETTINGS = FedSettings(rounds=1, clients_per_round=1, local_epochs=2, batch_size=8)
 OWN = np.arange(16)
-
-
-@pytest.fixture
-def model():
-    return build_model("resnet8", 3, width=4)
 
 
 def test_the_peak_is_what_is_held_at_once():

@@ -25,16 +25,6 @@ from mllmfl_lite.repro import torch_generator
 QUICK = FedSettings(rounds=3, clients_per_round=2, local_epochs=2, batch_size=8, lr=0.05)
 
 
-@pytest.fixture
-def model():
-    return build_model("resnet8", 3, width=4)
-
-
-@pytest.fixture
-def split(images):
-    return partition.iid(images.labels, 4, seed=0)
-
-
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
