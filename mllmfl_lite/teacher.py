@@ -106,7 +106,7 @@ class ClipTeacher(Teacher):
 
     def pixels(self, images: Sequence) -> Tensor:
         """Images through open_clip's own preprocessing: float (N, 3, H, W)."""
-        return torch.stack([self.preprocess(_as_pil(image)) for image in images]).to(self.device)
+        return torch.stack([self.preprocess(as_pil(image)) for image in images]).to(self.device)
 
     def features(self, images: Sequence) -> Tensor:
         """Image features of unit length, float32 (N, D)."""
@@ -174,7 +174,7 @@ class MllmTeacher(Teacher):
 
     def pixels(self, images: Sequence) -> Tensor:
         """Images through the model's own image processor: (N, 3, H, W) in the model's precision."""
-        x = self.processor.image_processor(images=[_as_pil(image) for image in images], return_tensors="pt")
+        x = self.processor.image_processor(images=[as_pil(image) for image in images], return_tensors="pt")
         return x["pixel_values"].to(self.device, self.model.dtype)
 
     def tokens(self, images: Sequence) -> Tensor:
@@ -203,7 +203,7 @@ class MllmTeacher(Teacher):
     def inputs(self, images: Sequence, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Model inputs for pictures and prompts, padded on the left."""
         batch = self.processor(
-            images=[_as_pil(image) for image in images],
+            images=[as_pil(image) for image in images],
             text=[self.chat(prompt) for prompt in prompts],
             padding=True,
             padding_side="left",
@@ -268,7 +268,8 @@ class MllmTeacher(Teacher):
         return self.answer_log_likelihoods(images, [spoken(name) for name in names], prompt).softmax(1)
 
 
-def _as_pil(image) -> Image.Image:
+def as_pil(image) -> Image.Image:
+    """A picture of either kind, uint8 array (H, W, 3) or PIL image, as a PIL image."""
     return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
 
 
@@ -301,7 +302,7 @@ def load_clip(
         tokenizer = open_clip.get_tokenizer(where)
     except Exception as error:
         raise TeacherError(
-            f"the CLIP {name!r} (parameter `clip`) cannot be loaded: {_first_line(error)}. Give a folder that holds an "
+            f"the CLIP {name!r} (parameter `clip`) cannot be loaded: {first_line(error)}. Give a folder that holds an "
             "open_clip_config.json with its weights, or an open_clip name with `pretrained` whose weights were fetched "
             "once on a connected machine (open_clip keeps them in the Hugging Face cache)"
         ) from error
@@ -337,7 +338,7 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
         )
     except Exception as error:
         raise TeacherError(
-            f"the MLLM {name!r} (parameter `mllm`) cannot be loaded: {_first_line(error)}. Give a folder with its "
+            f"the MLLM {name!r} (parameter `mllm`) cannot be loaded: {first_line(error)}. Give a folder with its "
             f"config.json and safetensors, or fetch it once on a connected machine with `hf download {name}`"
         ) from error
     return MllmTeacher(name, model, processor, pick_device(device), batch_size)
@@ -354,7 +355,8 @@ def refuse_remote_code(name: str) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another package says first, short enough for a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 

@@ -30,6 +30,9 @@ CONDITIONS = {
     "clip": {"teacher": "clip"},
     "labels": {"teacher": "labels"},
     "labels_beta_0": {"teacher": "labels", "beta": 0.0},
+    "clip_beta_0": {"teacher": "clip", "beta": 0.0},
+    "imagenet_beta_0": {"teacher": "imagenet", "beta": 0.0},
+    **{f"wrong_{w}": {"teacher": "labels", "beta": 0.0, "wrong": w / 100} for w in (20, 40, 60, 80)},
     "each_round": {"when": "each round", "epochs": 1},  # as many passes in all
     "without_truck": {"without": ("truck",)},
     "without_airplane": {"without": ("airplane",)},

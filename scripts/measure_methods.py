@@ -5,6 +5,8 @@
     python scripts/measure_methods.py medium                              # hours; goes on where it was stopped
     python scripts/measure_methods.py medium --only fedavg creff --seeds 0
 
+The last conditions ask a second teacher, which needs two optional packages (see `imagenet_teacher.NETWORKS`).
+
 Files that are there are kept. Conditions that differ in stage 3 only share one run of the rounds. The settings of stage
 3 were chosen with `scripts/choose_alignment.py`, which never looks at the test part.
 """
@@ -31,6 +33,7 @@ SCALES = {
 START = "dwp_linear"  # the paper's stage 1; "features" is the control that needs no words
 ALIGN = AlignSettings()
 CE_ONLY = replace(ALIGN, beta=0.0)
+IMAGENET = replace(ALIGN, teacher="imagenet")  # weaker, and has never seen CIFAR
 CONDITIONS = {
     "fedavg": {},
     "stage1": {"start": START},
@@ -49,6 +52,10 @@ CONDITIONS = {
     "server_only": {"method": "server_only", "align": ALIGN},
     "server_only_stage1": {"method": "server_only", "start": START, "align": ALIGN},
     "server_only_features": {"method": "server_only", "start": "features", "align": ALIGN},
+    "stage3_imagenet": {"align": IMAGENET},
+    "mllm_llava_fl_imagenet": {"start": START, "align": IMAGENET},
+    "server_only_imagenet": {"method": "server_only", "align": IMAGENET},
+    "clip2fl_imagenet": {"method": "clip2fl", "clip": "efficientnet_lite2"},
 }
 
 

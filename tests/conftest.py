@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mllmfl_lite import partition
 from mllmfl_lite.data import ImageSet
+from mllmfl_lite.imagenet_teacher import ImageNetTeacher
 from mllmfl_lite.models import CompactModel, build_model
 
 torch.set_num_threads(1)
@@ -31,3 +33,22 @@ def model() -> CompactModel:
 @pytest.fixture
 def split(images) -> partition.Split:
     return partition.iid(images.labels, 4, seed=0)
+
+
+FEATURES = 6  # of the tiny ImageNet network
+
+
+class Trunk(nn.Module):
+    """Picture (N, 3, H, W) -> six numbers: each channel's mean, and three mixtures of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3, FEATURES)
+
+    def forward(self, x):
+        return self.mix(x.mean((2, 3)))
+
+
+def make_imagenet_teacher(seed: int = 0, **more) -> ImageNetTeacher:
+    torch.manual_seed(seed)
+    return ImageNetTeacher("somewhere/tiny", Trunk(), nn.Linear(FEATURES, 1000), torch.device("cpu"), **more)

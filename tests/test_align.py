@@ -231,6 +231,31 @@ def test_settings_out_of_range_are_refused(name, value):
 # ------------------------------------------------------------------------------------------------ with the rounds
 
 
+@pytest.mark.parametrize("wrong", [{"wrong": -0.1}, {"wrong": 1.1}, {"wrong": math.nan}])
+def test_wrong_labels_are_the_controls_alone(wrong):
+    with pytest.raises(ValueError, match=r"wrong must be in \[0, 1\]"):
+        AlignSettings(teacher="labels", **wrong)
+    with pytest.raises(ValueError, match=r"0 unless teacher is 'labels'; got 0\.2"):
+        AlignSettings(teacher="mllm", wrong=0.2)
+
+
+def test_the_control_errs_as_often_as_it_is_told_to():
+    names = ("a", "b", "c", "d")
+    labels = np.repeat([0, 1, 2, 3, 4], 1000)  # the last is none of the names
+    pool = ImageSet(np.zeros((5000, 2, 2, 3), np.uint8), labels, (*names, "lobster"), "made here")
+    told = PoolLabels(pool, 0.3, seed=1).class_probabilities(pool.images, names)
+    assert equal({"told": told}, {"told": PoolLabels(pool, 0.3, 1).class_probabilities(pool.images, names)})
+    assert not equal({"told": told}, {"told": PoolLabels(pool, 0.3, 2).class_probabilities(pool.images, names)})
+    torch.testing.assert_close(told[4000:], torch.full((1000, 4), 0.25))
+    confusion = told[:4000].view(4, 1000, 4).mean(1)
+    torch.testing.assert_close(confusion, 0.1 + 0.6 * torch.eye(4), atol=0.04, rtol=0)
+    always = PoolLabels(pool, 1.0).class_probabilities(pool.images, names)[:4000]
+    assert not always[range(4000), labels[:4000]].any() and (always.max(1).values == 1).all()
+    never = PoolLabels(pool).class_probabilities(pool.images, names)[:4000]
+    assert never[range(4000), labels[:4000]].all()
+    assert len({PoolLabels(pool, w, s).identity for w, s in ((0, 0), (0, 1), (0.3, 0), (0.3, 1), (0.5, 0))}) == 4
+
+
 def test_every_teacher_that_is_named_can_be_chosen():
     for teacher in ("mllm", "clip", "imagenet", "labels"):
         assert AlignSettings(teacher=teacher).teacher == teacher

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
+from conftest import make_imagenet_teacher, make_images
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite import baselines
@@ -165,6 +165,17 @@ def test_clip2fl_needs_clip(images):
         CLIP2FL()
     with pytest.raises(ValueError, match="there are 3 columns and 4 rows"):
         CLIP2FL(clip_logits=torch.zeros(5, 3), text_features=torch.zeros(4, 7))
+
+
+def test_an_imagenet_network_can_take_clips_place(monkeypatch):
+    teacher, asked = make_imagenet_teacher(size=8), []
+    monkeypatch.setattr("mllmfl_lite.imagenet_teacher.load_imagenet", lambda *a, **k: asked.append(a) or teacher)
+    few = Experiment("cifar10_mini", num_clients=4).clients()[0].subset(np.arange(6))
+    method = Experiment(method="clip2fl", clip="efficientnet_lite2").build_method(few)
+    assert asked[0][0] == "efficientnet_lite2"
+    assert torch.equal(method.clip_logits, teacher.class_logits(few.images, few.names))
+    assert torch.equal(method.text_features, teacher.class_features(few.names))
+    assert (method.clip_flops, method.clip_bytes) == teacher.image_cost()
 
 
 def test_clip_is_asked_about_the_clients_images():

