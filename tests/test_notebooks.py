@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -145,3 +147,21 @@ def test_schematics_are_what_the_script_draws(tmp_path, monkeypatch):
     drawing.draw_all()
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert drawn == {path.name: path.read_text() for path in (ROOT / "book" / "figures").iterdir()}
+
+
+@pytest.mark.parametrize(("change", "says"), [(None, ""), ("output", "outputs differ"), ("source", "another version")])
+def test_outputs_that_differ_from_the_executed_ones_are_found(tmp_path, change, says):
+    cell = nbformat.v4.new_code_cell("print(1)", execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    book = nbformat.v4.new_notebook(cells=[cell])
+    for folder in ("notebooks", "_build/executed"):
+        (tmp_path / folder).mkdir(parents=True)
+        nbformat.write(book, tmp_path / folder / "one.ipynb")
+        if change == "output":
+            cell.outputs[0].text = "2\n"
+        elif change == "source":
+            cell.source = "print(2)"
+    (tmp_path / "notebooks" / "conftest.py").write_text((ROOT / "notebooks" / "conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "notebooks"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (found.returncode != 0) == bool(change) and says in found.stdout, found.stdout

@@ -1,0 +1,49 @@
+"""What each teacher of stage 3 knows by itself: its first choice on the test images of `cifar10_mini`, one file each.
+
+    python scripts/measure_teachers.py                # minutes; the ImageNet network needs two optional packages
+
+Nothing is trained and nothing drawn, so there are no seeds. Files that are there are kept.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from mllmfl_lite.data import load_images
+from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion
+from mllmfl_lite.experiment import Experiment
+from mllmfl_lite.imagenet_teacher import load_zero_shot
+from mllmfl_lite.results import RESULTS, provenance, save_result
+from mllmfl_lite.teacher import load_mllm
+
+TEACHERS = {"tiny_clip": load_zero_shot, "tiny_llava": load_mllm, "efficientnet_lite2": load_zero_shot}
+
+
+def measure(name: str) -> dict:
+    """Accuracy, in all, by class and by the clients' groups, and how often each class is named."""
+    test, teacher = load_images("cifar10_mini", "test"), TEACHERS[name](name, device="cpu")
+    clients = Experiment("cifar10_mini", num_clients=10).clients()[0]
+    named = teacher.class_probabilities(test.images, test.names).argmax(1).numpy()
+    confusion = confusion_matrix(test.labels, named, test.num_classes)
+    metrics = metrics_from_confusion(confusion, class_groups(clients.class_counts())).as_dict()
+    return {
+        "label": name,
+        "parameters": {"teacher": teacher.identity, "dataset": "cifar10_mini", "part": "test"},
+        "summary": {**metrics, "named": (np.bincount(named, minlength=test.num_classes) / len(test)).tolist()},
+        "data": {"test_sha256": test.checksum()},
+        "provenance": provenance("cpu"),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(TEACHERS), choices=TEACHERS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "laptop" / "teachers")
+    chosen = parser.parse_args()
+    for name in chosen.only:
+        path = chosen.out / f"{name}.json"
+        if not path.exists():
+            result = measure(name)
+            save_result(path, result)
+            print(f"{name}: {100 * result['summary']['top1']:.1f} %", flush=True)
