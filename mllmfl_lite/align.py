@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from mllmfl_lite.baselines import distillation
-from mllmfl_lite.batches import Batches
-from mllmfl_lite.data import ImageSet
+from mllmfl_lite.batches import open_batches
+from mllmfl_lite.data import UNLABELLED, ImageSet
 from mllmfl_lite.federated import METHODS, FedAvg, State
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import sha256_arrays, torch_generator, write_atomically
@@ -150,7 +150,7 @@ def draw_server_set(
 def describe(chosen: ServerSet, pool: ImageSet) -> dict:
     """Images a class, classes that came short, and how often the teacher's choice is the pool's own label.
 
-    Those labels measure only; a class that the pool has no label for counts as wrong.
+    Those labels measure only; a class that the pool has no label for counts as wrong. None for an unlabelled pool.
     """
     names = chosen.images.names
     right = [
@@ -161,7 +161,7 @@ def describe(chosen: ServerSet, pool: ImageSet) -> dict:
         "images": len(chosen),
         "per_class": chosen.images.class_counts().tolist(),
         "short": chosen.short,
-        "labels_right": sum(right) / max(1, len(right)),
+        "labels_right": None if pool.names == UNLABELLED else sum(right) / max(1, len(right)),
     }
 
 
@@ -271,7 +271,7 @@ def align(
             "ask the teacher about the clients' class names"
         )
     model = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-    batches, told = Batches(chosen.images, device), chosen.told.to(device)
+    batches, told = open_batches(chosen.images, device), chosen.told.to(device)
     weights = list((model if settings.part == "all" else model.head).parameters())
     optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
     generator = torch_generator(settings.seed, "alignment")
@@ -289,8 +289,9 @@ def align(
 def _epoch(model, batches, told, settings, optimizer, generator) -> float:
     model.train(settings.part == "all")  # a head alone learns on the features that it will be used on
     total = 0.0
-    for part in torch.randperm(len(batches), generator=generator).to(told.device).split(settings.batch_size):
-        logits = model(batches.augmented(part, generator))
+    parts = torch.randperm(len(batches), generator=generator).to(told.device).split(settings.batch_size)
+    for part, x in zip(parts, batches.stream(parts, generator), strict=True):
+        logits = model(x)
         loss = alignment_loss(logits, batches.labels[part], told[part], settings.beta, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
@@ -315,7 +316,7 @@ class AlignEachRound(FedAvg):
 
     def identity(self) -> dict:
         """The set's checksum and the settings."""
-        drawn = sha256_arrays([self.chosen.images.images, self.chosen.told.numpy()])
+        drawn = [self.chosen.images.checksum(), sha256_arrays([self.chosen.told.numpy()])]
         return {"name": type(self).__name__, "chosen": drawn, **asdict(self.settings)}
 
     def server_update(

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllmfl_lite.batches import Batches
+from mllmfl_lite.batches import open_batches
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.federated import FedAvg, FedSettings, State, train_client
 from mllmfl_lite.models import CompactModel
@@ -60,7 +60,7 @@ def client_cost(
         own: the client's indices into `train`.
         settings: local training.
     """
-    model, batches = copy.deepcopy(model), Batches(train)
+    model, batches = copy.deepcopy(model), open_batches(train)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     received = method.broadcast(method.init_memory(parameters, torch_generator(settings.seed, "memory")))

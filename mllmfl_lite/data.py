@@ -2,8 +2,9 @@
 
     train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
     train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
+    train = load_images("imagenet_lt", "train")       # 115,846 files of your own ImageNet folder, read when needed
 
-Every file is compared with a checksum before its images are handed out.
+CIFAR is compared with a checksum, and every file of ImageNet-LT opened once, before images are handed out.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mllmfl_lite.files import DataError, ImageFiles, check_files, read_list
+
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PARTS = {"cifar10_mini": ("train", "web", "test"), "cifar10": ("train", "test"), "cifar100": ("train", "test")}
+PARTS["imagenet_lt"] = ("train", "val", "test")
+UNLABELLED = ("unlabelled",)  # class names of a set whose labels mean nothing
 FOLDER_VARIABLE = "MLLMFL_DATA"
 MINI_FOLDER = Path(__file__).parent / "assets" / "cifar10_mini"
 
@@ -32,32 +37,28 @@ PIXELS_SHA256 = {
 }
 
 
-class DataError(RuntimeError):
-    """Images are missing, damaged, or not what they should be; the message says what to put where."""
-
-
 @dataclass(frozen=True)
 class ImageSet:
     """Images with labels.
 
     Attributes:
-        images: uint8, shape (N, H, W, C), RGB.
+        images: uint8, shape (N, H, W, C), RGB; or N files, read when they are looked at.
         labels: int64, shape (N,), indices into `names`.
         names: the class names.
         origin: where the images come from, e.g. ``"cifar10_mini/train"``.
     """
 
-    images: np.ndarray
+    images: np.ndarray | ImageFiles
     labels: np.ndarray
     names: tuple[str, ...]
     origin: str
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        if isinstance(self.images, np.ndarray) and (self.images.dtype != np.uint8 or self.images.ndim != 4):
             raise ValueError(
                 f"images must be uint8 (N, H, W, C); these are {self.images.dtype} of shape {self.images.shape}"
             )
-        if self.labels.shape != self.images.shape[:1]:
+        if self.labels.shape != (len(self.images),):
             raise ValueError(f"one label an image: {len(self.images)} images, labels of shape {self.labels.shape}")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.names):
             raise ValueError(
@@ -82,18 +83,20 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.names, self.origin)
 
     def checksum(self) -> str:
-        """sha256 of pixels and labels: two sets with the same checksum are the same set."""
+        """sha256 of pixels (of file names, where images are files) and labels: the same for the same set."""
         return _sha256_arrays(self.images, self.labels)
 
 
-def load_images(dataset: str, part: str = "train") -> ImageSet:
+def load_images(dataset: str, part: str = "train", size: int = 224) -> ImageSet:
     """The images of one part of a data set.
 
     Args:
         dataset: ``"cifar10_mini"`` (bundled), ``"cifar10"`` or ``"cifar100"`` (in full, from the folder that the
-            environment variable ``MLLMFL_DATA`` names, downloaded into it where absent).
+            environment variable ``MLLMFL_DATA`` names, downloaded into it where absent), or ``"imagenet_lt"`` (your own
+            ImageNet folder there, see `IMAGENET_LT`).
         part: ``"train"`` or ``"test"``; ``cifar10_mini`` also has ``"web"``, the server's pool of open images, whose
-            labels are for measuring only: no method may train on them.
+            labels are for measuring only: no method may train on them. ``imagenet_lt`` also has ``"val"``.
+        size: pixels a side at which pictures from files are looked at.
 
     Raises:
         ValueError: no such data set or part.
@@ -103,11 +106,13 @@ def load_images(dataset: str, part: str = "train") -> ImageSet:
         raise ValueError(f"no data set named {dataset!r}; there are {', '.join(PARTS)}")
     if part not in PARTS[dataset]:
         raise ValueError(f"{dataset} has no part {part!r}; it has {', '.join(PARTS[dataset])}")
+    if dataset == "imagenet_lt":
+        return _load_imagenet_lt(part, size)
     return _load_mini(part) if dataset == "cifar10_mini" else _load_cifar(dataset, part)
 
 
-def _sha256_arrays(images: np.ndarray, labels: np.ndarray) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(images))
+def _sha256_arrays(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
+    digest = hashlib.sha256(images.digest() if isinstance(images, ImageFiles) else np.ascontiguousarray(images))
     digest.update(np.ascontiguousarray(labels, dtype="<i8"))
     return digest.hexdigest()
 
@@ -203,3 +208,38 @@ def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.
             + (", or make cifar10.npz with scripts/cifar10_from_npm.py" if dataset == "cifar10" else "")
         ) from error
     return there.data, np.asarray(there.targets, dtype=np.int64), tuple(there.classes)
+
+
+# ---------------------------------------------------------------------------------------------------- ImageNet-LT
+
+IMAGENET_LT = {"train": 115_846, "val": 20_000, "test": 50_000}
+"""Images in each official list of ImageNet-LT (Liu et al., 2019).
+
+``$MLLMFL_DATA/imagenet`` is the ImageNet folder (``train/n01440764/n01440764_762.JPEG``, ...), and
+``$MLLMFL_DATA/imagenet_lt`` holds the lists ``ImageNet_LT_train.txt``, ``..._val.txt``, ``..._test.txt``. A smaller set
+of the same form has its class names in ``imagenet_lt/classes.txt``, a line each.
+"""
+
+
+def _load_imagenet_lt(part: str, size: int) -> ImageSet:
+    folder = data_folder()
+    listed = folder / "imagenet_lt" / f"ImageNet_LT_{part}.txt"
+    paths, labels = read_list(listed)
+    own = folder / "imagenet_lt" / "classes.txt"
+    names = tuple(own.read_text().split("\n")[:-1]) if own.exists() else _imagenet_names()
+    if not own.exists() and len(paths) != IMAGENET_LT[part]:
+        raise DataError(
+            f"{listed} has {len(paths):,} lines, the official list {IMAGENET_LT[part]:,}; fetch it again, or name the "
+            f"classes of a set of your own in {own}, a line each"
+        )
+    if labels.max() >= len(names):
+        raise DataError(f"{listed} has the class number {labels.max()}, but there are {len(names)} class names")
+    files = ImageFiles(folder / "imagenet", paths, size)
+    check_files(files)
+    return ImageSet(files, labels, names, f"imagenet_lt/{part}")
+
+
+def _imagenet_names() -> tuple[str, ...]:
+    from torchvision.models import ResNet50_Weights  # slow to import
+
+    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mllmfl_lite.batches import Batches
+from mllmfl_lite.batches import Batches, open_batches
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.partition import rank_thirds, shot_groups
 
@@ -84,7 +84,7 @@ def evaluate_model(
     Raises:
         ValueError: the test set has no image.
     """
-    guesses = predict(model.to(device), Batches(test, device)).cpu().numpy()
+    guesses = predict(model.to(device), open_batches(test, device)).cpu().numpy()
     confusion = confusion_matrix(test.labels, guesses, test.num_classes)
     return metrics_from_confusion(confusion, class_groups(train_counts)).as_dict()
 

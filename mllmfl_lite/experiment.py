@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mllmfl_lite.align import (
@@ -34,6 +35,7 @@ from mllmfl_lite.evaluate import evaluate_model
 from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, summarise
 from mllmfl_lite.models import CompactModel, build_model, load_model, save_model
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
+from mllmfl_lite.pictures import folder_images
 from mllmfl_lite.repro import pick_device, sha256_arrays
 from mllmfl_lite.results import RESULTS, ResultError, differences, load_result, provenance, save_result
 from mllmfl_lite.transfer import with_head
@@ -47,7 +49,7 @@ class Experiment:
 
     Attributes:
         dataset: a name for `load_images`.
-        imbalance_factor: head over tail of the clients' images together.
+        imbalance_factor: head over tail of the clients' images together; not for ImageNet-LT, whose list has its own.
         balanced: draw as many images as the long tail has, but the same number of each class (the control).
         split: one of `partition.SPLITS`.
         num_clients: K.
@@ -61,7 +63,8 @@ class Experiment:
             anywhere, or the name of one of chapter 3's conditions, e.g. ``"dwp_linear"``, which has a file a seed.
         align: stage 3 after the last round; None leaves it out.
         mllm: the teacher that answers in stage 3, a name for `load_mllm`.
-        pool: the data set whose part ``"web"`` is the server's pool of open images.
+        pool: the server's open images: a data set, whose part ``"web"`` is taken, or a folder of pictures.
+        image_size: pixels a side at which pictures from files are looked at (ImageNet-LT, a folder as the pool).
         clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_zero_shot`, so
             an ImageNet network can take its place.
     """
@@ -82,6 +85,7 @@ class Experiment:
     mllm: str = "tiny_llava"
     pool: str = "cifar10_mini"
     clip: str = "tiny_clip"
+    image_size: int = 224
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with another seed, in every stage."""
@@ -90,8 +94,10 @@ class Experiment:
 
     def clients(self) -> tuple[ImageSet, Split]:
         """The clients' images together, and who holds which."""
-        seed, full = self.settings.seed, load_images(self.dataset, "train")
-        chosen = long_tail_subset(full.labels, full.num_classes, self.imbalance_factor, seed)
+        seed, full = self.settings.seed, load_images(self.dataset, "train", self.image_size)
+        chosen = np.arange(len(full))
+        if self.dataset != "imagenet_lt":
+            chosen = long_tail_subset(full.labels, full.num_classes, self.imbalance_factor, seed)
         if self.balanced:
             chosen = balanced_subset(full.labels, full.num_classes, len(chosen), seed)
         train = full.subset(chosen)
@@ -168,7 +174,7 @@ def run_experiment(
         return _finished(path, experiment)
     device, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
-    test = load_images(experiment.dataset, "test")
+    test = load_images(experiment.dataset, "test", experiment.image_size)
     model = experiment.build_model(train.num_classes, folder)
     start = sha256_arrays(t.numpy() for t in model.state_dict().values())
     chosen = _server_set(experiment, train.names, device, folder) if experiment.align else None
@@ -225,7 +231,9 @@ def _server_set(experiment: Experiment, names, device, folder: str | Path) -> Se
 
 
 def load_pool(experiment: Experiment) -> ImageSet:
-    """The server's open images. Their labels are for measuring only."""
+    """The server's open images: of a data set, or of a folder. Labels, if there are any, are for measuring only."""
+    if Path(experiment.pool).is_dir():
+        return folder_images(experiment.pool, experiment.image_size)
     return load_images(experiment.pool, "web")
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mllmfl_lite.batches import Batches
+from mllmfl_lite.batches import Batches, open_batches
 from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
@@ -247,8 +247,8 @@ def train_client(
     for epoch in range(settings.local_epochs):
         generator = torch_generator(settings.seed, "batches", round_, client, epoch)
         order = own[torch.randperm(len(own), generator=generator).to(own.device)]
-        for part in order.split(settings.batch_size):
-            x = batches.augmented(part, generator)
+        parts = order.split(settings.batch_size)
+        for part, x in zip(parts, batches.stream(parts, generator), strict=True):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 loss = method.local_loss(model, x, batches.labels[part], part, anchor)
             optimizer.zero_grad()
@@ -447,7 +447,7 @@ class _Rounds:
     def __init__(self, model, train, split, test, method, settings, workers, device, label):
         self.method, self.settings, self.label = method, settings, label
         self.model = copy.deepcopy(model).to(device)
-        self.train, self.test = Batches(train, device), Batches(test, device)
+        self.train, self.test = open_batches(train, device), open_batches(test, device)
         self.split = [torch.from_numpy(np.ascontiguousarray(own)).to(device) for own in split]
         self.test_labels, self.num_classes = test.labels, test.num_classes
         self.groups = class_groups(train.subset(np.concatenate(split)).class_counts())

@@ -6,7 +6,6 @@ is cut, tiny or a decompression bomb raises `BadPictureError` with the name and 
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 import zipfile
@@ -14,61 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
-from mllmfl_lite.data import ImageSet
+from mllmfl_lite.data import UNLABELLED, ImageSet
+from mllmfl_lite.files import MAX_PIXELS, BadPictureError, ImageFiles, check_files, open_picture
 
-MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a 20,000 x 20,000 picture would take 1.2 GB
-MIN_SIDE = 8
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-
-
-class BadPictureError(ValueError):
-    """A picture, or the place where pictures should be, cannot be used; the message names it and says why."""
-
-
-def open_picture(content: bytes | Path, name: str) -> Image.Image:
-    """A picture as RGB, upright: CMYK and grey are converted, transparency is laid on white.
-
-    Args:
-        content: the file, or its bytes.
-        name: what to call it in messages.
-
-    Raises:
-        BadPictureError: not a picture, cut off, larger than `MAX_PIXELS`, or smaller than `MIN_SIDE` a side.
-    """
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadPictureError(
-                    f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller first"
-                )
-            if min(width, height) < MIN_SIDE:
-                raise BadPictureError(
-                    f"{name} has {width} x {height} pixels; {MIN_SIDE} a side are needed to see anything"
-                )
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except BadPictureError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadPictureError(f"{name} has too many pixels ({error}); make it smaller first") from error
-    except Exception as error:  # Pillow's decoders raise a great many kinds
-        raise BadPictureError(f"{name} is no whole picture ({type(error).__name__}: {error})") from error
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: from darkest to brightest
-        image = image.convert("F")
-        low, high = image.getextrema()
-        image = image.point(lambda v: v * (255 / max(1e-6, high - low)) - low * 255 / max(1e-6, high - low)).convert(
-            "L"
-        )
-    return image.convert("RGB")
 
 
 class PictureSource:
@@ -133,6 +84,22 @@ def folder_source(folder: str | Path) -> PictureSource:
     if not names:
         raise BadPictureError(f"{folder} holds no picture; known endings: {' '.join(sorted(ENDINGS))}")
     return PictureSource(names, names, lambda i: folder / i)
+
+
+def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
+    """The pictures of `folder_source` as an unlabelled image set: each has the one class of `UNLABELLED`.
+
+    Args:
+        folder: that holds the pictures.
+        size: pixels a side at which training looks at them.
+
+    Raises:
+        BadPictureError: no such folder, or no picture in it.
+        DataError: pictures that cannot be read.
+    """
+    files = ImageFiles(Path(folder), np.array(folder_source(folder).ids), size)
+    check_files(files)
+    return ImageSet(files, np.zeros(len(files), np.int64), UNLABELLED, str(folder))
 
 
 def cc595k_source(chat: str | Path, images: str | Path) -> PictureSource:
