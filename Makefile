@@ -60,10 +60,10 @@ lint: $(INSTALLED)  ## ruff: style and format
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "lint: clean"
 
 unit: $(INSTALLED)  ## the unit tests, fast ones first
-	@$(BIN)/pytest -m "not browser"
+	@$(BIN)/pytest -n logical -m "not browser"
 
 browser: $(BOOK)  ## look at the rendered book in a headless browser, where there is one
-	@$(BIN)/pytest -m browser -rs
+	@$(BIN)/pytest -n logical -m browser -rs
 
 notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed ones (nbval)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
