@@ -32,6 +32,7 @@ from mllmfl_lite.data import UNLABELLED, ImageSet
 from mllmfl_lite.federated import METHODS, FedAvg, State
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import sha256_arrays, torch_generator, write_atomically
+from mllmfl_lite.settings import check_choice, check_whole
 
 if TYPE_CHECKING:  # slow to import
     from mllmfl_lite.teacher import Teacher
@@ -205,10 +206,8 @@ class AlignSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_whole(self, "per_class", "epochs", "batch_size")
+        check_choice(self, **CHOICES)
         for name, low, high in (("lr", 0, math.inf), ("temperature", 0, math.inf)):
             if not low < getattr(self, name) < high:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
@@ -217,9 +216,6 @@ class AlignSettings:
                 raise ValueError(f"{name} must be at least 0 and under {high}; got {getattr(self, name)}")
         if not 0 <= self.wrong <= (self.teacher == "labels"):
             raise ValueError(f"wrong must be in [0, 1], and 0 unless teacher is 'labels'; got {self.wrong}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 
 
 def alignment_loss(logits: Tensor, labels: Tensor, told: Tensor, beta: float, temperature: float = 1.0) -> Tensor:

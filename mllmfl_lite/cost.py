@@ -70,12 +70,11 @@ def client_cost(
             beside = method.upload(model, batches, rows, received, torch_generator(settings.seed, "upload", 1, 0))
         with FlopCounterMode(display=False) as epoch:
             train_client(model, batches, rows, method, once, state, 1, 0)
-    clip_flops, clip_bytes = getattr(method, "clip_flops", 0), getattr(method, "clip_bytes", 0)
     return ClientCost(
         bytes_up=size(state) + size(beside),
         bytes_down=size(state) + size(received),
-        flops=before.get_total_flops() + settings.local_epochs * epoch.get_total_flops() + clip_flops * len(own),
-        memory=2 * size(state) + size(received) + memory.peak + clip_bytes,
+        flops=before.get_total_flops() + settings.local_epochs * epoch.get_total_flops() + method.clip_flops * len(own),
+        memory=2 * size(state) + size(received) + memory.peak + method.clip_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_co
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.partition import Split, check_split
 from mllmfl_lite.repro import count_cores, numpy_generator, progress_bar, sha256_arrays, torch_generator
+from mllmfl_lite.settings import PRECISIONS, check_choice, check_whole
 
 State = dict[str, Tensor]
-PRECISIONS = ("float32", "bfloat16")
 EVAL_PART = 1000  # images a worker tests at a time
 
 
@@ -80,14 +81,10 @@ class FedSettings:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients_per_round", "local_epochs", "batch_size", "eval_every", "report_rounds"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_whole(self, "rounds", "clients_per_round", "local_epochs", "batch_size", "eval_every", "report_rounds")
+        check_choice(self, precision=PRECISIONS)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
     def evaluates(self, round_: int) -> bool:
         """Whether round `round_`, counted from 1, ends with a test."""
@@ -105,6 +102,9 @@ class FedAvg:
     each drawn client sends `upload`, trains on `local_loss` and sends its weights; the server takes their mean and
     calls `server_update`. What is tested is `deployed`.
     """
+
+    clip_flops: ClassVar[int] = 0  # of a CLIP's look at one image, where the client asks one
+    clip_bytes: ClassVar[int] = 0  # of its weights
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "", **options: float) -> FedAvg:

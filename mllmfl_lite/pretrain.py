@@ -44,9 +44,9 @@ from mllmfl_lite.repro import (
     torch_generator,
     write_json,
 )
+from mllmfl_lite.settings import PRECISIONS, check_choice, check_whole
 from mllmfl_lite.teacher import MllmTeacher, StoredFeatures
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 START_IMAGES = 256  # looked at to give the projection its start
 STAIRS = 4  # levels of the schedule "step": 0, 1/3, 2/3, 1
 
@@ -143,13 +143,8 @@ class PretrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "max_answer_tokens", "checkpoint_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        check_whole(self, "epochs", "batch_size", "accumulate", "max_answer_tokens", "checkpoint_every")
+        check_choice(self, schedule=SCHEDULES, precision=PRECISIONS)
         for name, low, high in (("lr", 0, math.inf), ("ramp", 0, 1), ("alpha_end", 0, 1)):
             if not low < getattr(self, name) <= high:
                 raise ValueError(f"{name} must be above {low} and at most {high}; got {getattr(self, name)}")

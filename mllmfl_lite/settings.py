@@ -1,0 +1,24 @@
+"""Checks that the settings of every stage share: an error names the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_whole(settings: object, *names: str) -> None:
+    """Raise `ValueError` unless these attributes are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def check_choice(settings: object, **choices: Iterable[str]) -> None:
+    """Raise `ValueError` unless each of these attributes is one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(settings, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(settings, name)!r}")
