@@ -33,7 +33,7 @@ from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.evaluate import evaluate_model
 from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, summarise
-from mllmfl_lite.models import CompactModel, build_model, load_model, save_model
+from mllmfl_lite.models import CompactModel, build_model, load_model, save_model, with_norms_of
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
 from mllmfl_lite.pictures import folder_images
 from mllmfl_lite.repro import pick_device, sha256_arrays
@@ -61,6 +61,8 @@ class Experiment:
         settings: rounds and local training. Its seed also decides subset, split and initial weights.
         start: where the rounds start. Empty: random weights. Else a file by `save_model`, in the run's folder or
             anywhere, or the name of one of chapter 3's conditions, e.g. ``"dwp_linear"``, which has a file a seed.
+        rescale: give the start's convolutions the norms of random ones; it computes the same, and the clients' steps
+            turn it as far as they turn a random start (see `with_norms_of`).
         align: stage 3 after the last round; None leaves it out.
         mllm: the teacher that answers in stage 3, a name for `load_mllm`.
         pool: the server's open images: a data set, whose part ``"web"`` is taken, or a folder of pictures.
@@ -81,6 +83,7 @@ class Experiment:
     method_options: dict = field(default_factory=dict)
     settings: FedSettings = field(default_factory=FedSettings)
     start: str = ""
+    rescale: bool = False
     align: AlignSettings | None = None
     mllm: str = "tiny_llava"
     pool: str = "cifar10_mini"
@@ -135,7 +138,7 @@ class Experiment:
         found = with_head(load_model(path), num_classes, seed)
         if [t.shape for t in found.state_dict().values()] != [t.shape for t in new.state_dict().values()]:
             raise ValueError(f"{path} holds another model than {self.model} of width {self.width}; set model and width")
-        return found
+        return with_norms_of(found, new) if self.rescale else found
 
     def rounds_key(self) -> str:
         """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""

@@ -10,6 +10,7 @@ Images x are float tensors (B, 3, H, W), normalised as `mllmfl_lite.batches` doe
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import safetensors.torch
@@ -143,6 +144,30 @@ def build_model(name: str, num_classes: int, width: int = 64, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator: give it back after
         torch.manual_seed(stable_seed(seed, "initial weights"))
         return resnet8(num_classes, width) if name == "resnet8" else resnet50(num_classes)
+
+
+@torch.no_grad()
+def with_norms_of(model: CompactModel, other: CompactModel) -> CompactModel:
+    """A copy that computes the same, with each convolution scaled to the norm that it has in `other`.
+
+    BatchNorm follows each convolution and undoes its scale. But a step of SGD turns small weights further than large
+    ones: by a rate in proportion to lr / norm^2 (van Laarhoven, 2017). Pretraining leaves large weights, so rounds that
+    start from them learn more slowly at the same lr; this takes that difference away, and no other.
+
+    Args:
+        model: any model of `build_model`; not changed.
+        other: one of the same shape, e.g. with random weights.
+    """
+    model = copy.deepcopy(model)
+    layers, wanted = (
+        [m for m in of.body.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] for of in (model, other)
+    )
+    for conv, norm, like in zip(layers[::2], layers[1::2], wanted[::2], strict=True):
+        factor = like.weight.norm() / conv.weight.norm()
+        conv.weight.mul_(factor)
+        norm.running_mean.mul_(factor)
+        norm.running_var.mul_(factor**2)
+    return model
 
 
 def save_model(path: str | Path, model: CompactModel, name: str, width: int = 64) -> None:

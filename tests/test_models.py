@@ -116,3 +116,25 @@ def test_a_saved_model_comes_back_and_anything_else_is_refused(tmp_path):
     for name in ("cut", "other", "absent"):
         with pytest.raises(ValueError, match=rf"{name}.safetensors holds no model written by save_model"):
             load_model(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet8", 16), ("resnet50", 64)])
+def test_other_norms_compute_the_same(name, side):
+    """Also after a training step's forward pass, where BatchNorm takes the batch's statistics."""
+    torch.manual_seed(0)
+    model, other = build_model(name, 3, width=4, seed=1), build_model(name, 3, width=4, seed=2)
+    for layer in model.body.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data *= 1 + 3 * torch.rand(())
+    x = torch.randn(8, 3, side, side)
+    model.train()
+    model(x)  # running statistics of its own
+    kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    same = with_norms_of(model, other)
+    for of, like in zip(same.body.modules(), other.body.modules(), strict=True):
+        if isinstance(of, nn.Conv2d):
+            torch.testing.assert_close(of.weight.norm(), like.weight.norm())
+    for mode in (False, True):
+        torch.testing.assert_close(same.train(mode)(x), model.train(mode)(x), rtol=2e-2, atol=2e-2)
+    model.load_state_dict(kept)
+    assert not torch.equal(same.body[0].weight, model.body[0].weight)
