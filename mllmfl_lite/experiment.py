@@ -32,7 +32,7 @@ from mllmfl_lite.align import (
 from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.evaluate import evaluate_model
-from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, summarise
+from mllmfl_lite.federated import Ask, FedAvg, FedSettings, run_federated, summarise
 from mllmfl_lite.models import CompactModel, build_model, load_model, save_model, with_norms_of
 from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
 from mllmfl_lite.pictures import folder_images
@@ -151,7 +151,12 @@ class Experiment:
 
 
 def run_experiment(
-    experiment: Experiment, folder: str | Path = "", device: str = "auto", workers: int | None = None, label: str = ""
+    experiment: Experiment,
+    folder: str | Path = "",
+    device: str = "auto",
+    workers: int | None = None,
+    label: str = "",
+    ask: Ask | None = None,
 ) -> dict:
     """Run it, or take it from its results file.
 
@@ -162,6 +167,7 @@ def run_experiment(
             interrupted one goes on. Empty: nothing is kept.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: client threads, see `run_federated`.
+        ask: how clients are asked that are not threads of this process, see `run_federated`.
         label: the name of the run in the folder and on the progress bar; default the method's.
 
     Returns:
@@ -187,7 +193,7 @@ def run_experiment(
     rounds = run_federated(
         model, train, split, test, method, experiment.settings,
         folder=Path(folder) / "checkpoints" / experiment.rounds_key() if folder else None,
-        device=device, workers=workers, label=name,
+        device=device, workers=workers, label=name, ask=ask,
     )  # fmt: skip
     model.load_state_dict(rounds.deployed)
     _keep(model, experiment, folder, f"{name}-federated")

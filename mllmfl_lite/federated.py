@@ -299,6 +299,34 @@ def client_step(
     return ClientResult({name: t.clone() for name, t in model.state_dict().items()}, beside, loss)
 
 
+def server_step(
+    state: State,
+    memory: State,
+    arrived: list[ClientResult],
+    sizes: list[int],
+    method: FedAvg,
+    settings: FedSettings,
+    round_: int,
+) -> tuple[State, State]:
+    """The server's whole part in a round: the weighted mean, then the method's `server_update`.
+
+    Args:
+        state: the global state that the round started from.
+        memory: what the server keeps beside it.
+        arrived: what clients sent, in rising order of clients, at least one.
+        sizes: their numbers of images, n_k.
+        method: supplies the update.
+        settings: the seed.
+        round_: counted from 1.
+
+    Returns:
+        The new global state and memory.
+    """
+    mean = weighted_mean([client.state for client in arrived], sizes)
+    generator = torch_generator(settings.seed, "server", round_)
+    return method.server_update(state, mean, memory, [client.beside for client in arrived], generator)
+
+
 def weighted_mean(states: list[State], weights: list[float]) -> State:
     """The mean of states, entry by entry, weighted (McMahan et al., 2017, Algorithm 1: weights are sample counts n_k).
 
@@ -370,6 +398,11 @@ def _mean_of(values: list[float | None] | tuple[float | None, ...]) -> float | N
     return None if None in values else float(np.mean(values))
 
 
+Ask = Callable[[State, State, int, list[int]], tuple[dict[int, ClientResult], dict[int, str]]]
+"""How a server asks clients: global state, `broadcast`, round and clients, to results and to reasons of those left out.
+"""
+
+
 class Workers:
     """Threads with one torch thread and one model each.
 
@@ -411,6 +444,7 @@ def run_federated(
     workers: int | None = None,
     device: torch.device | str = "cpu",
     label: str = "",
+    ask: Ask | None = None,
 ) -> FedResult:
     """Run federated rounds from the weights of `model`, which is not changed.
 
@@ -426,6 +460,9 @@ def run_federated(
         workers: client threads; default one a core (one on a GPU). Changes the speed only.
         device: where to train.
         label: a name for the progress bar.
+        ask: how clients are asked, where they are not threads of this process (see `flower_app`). Those that it
+            leaves out are left out of the round's mean, and stand in the round's record with the reason; a round
+            without any client keeps the weights.
 
     Raises:
         ValueError: an empty client, more participants than clients, no test images, a head of the wrong size.
@@ -435,17 +472,17 @@ def run_federated(
     method, settings = method or FedAvg(), settings or FedSettings()
     _check_run(model, train, split, test, settings)
     if folder is None:
-        return _Rounds(model, train, split, test, method, settings, workers, device, label).run(None)
+        return _Rounds(model, train, split, test, method, settings, workers, device, label, ask).run(None)
     identity = _identity(model, train, split, test, method, settings)
     with RunFolder(folder, identity) as run_folder:
-        return _Rounds(model, train, split, test, method, settings, workers, device, label).run(run_folder)
+        return _Rounds(model, train, split, test, method, settings, workers, device, label, ask).run(run_folder)
 
 
 class _Rounds:
     """One run of `run_federated`: what stays the same from round to round, and the loop."""
 
-    def __init__(self, model, train, split, test, method, settings, workers, device, label):
-        self.method, self.settings, self.label = method, settings, label
+    def __init__(self, model, train, split, test, method, settings, workers, device, label, ask):
+        self.method, self.settings, self.label, self.ask = method, settings, label, ask
         self.model = copy.deepcopy(model).to(device)
         self.train, self.test = open_batches(train, device), open_batches(test, device)
         self.split = [torch.from_numpy(np.ascontiguousarray(own)).to(device) for own in split]
@@ -483,32 +520,42 @@ class _Rounds:
 
     def _round(self, workers, state, memory, round_, bar) -> tuple[State, State, dict]:
         started = time.perf_counter()
-        chosen = choose_clients(len(self.split), self.settings, round_)
-        longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))
-        received = self.method.broadcast(memory)
-        jobs = {client: workers.submit(self._client, state, received, round_, client) for client in longest_first}
-        for job in jobs.values():
-            job.add_done_callback(lambda _: bar.update())
-        arrived = [jobs[client].result() for client in chosen]
-        sizes = [len(self.split[client]) for client in chosen]
-        state, memory = workers.submit(self._server, state, memory, arrived, sizes, round_).result()
+        chosen, received = choose_clients(len(self.split), self.settings, round_), self.method.broadcast(memory)
+        if self.ask:
+            results, left_out = self.ask(state, received, round_, chosen)
+            bar.update(len(chosen))
+        else:
+            results, left_out = self._ask_threads(workers, state, received, round_, chosen, bar), {}
+        present = sorted(results)
+        sizes = [len(self.split[client]) for client in present]
+        if present:
+            arrived = [results[client] for client in present]
+            step = workers.submit(self._server, state, memory, arrived, sizes, round_)
+            state, memory = step.result()
         used = self.method.deployed(state, memory)
+        losses = [results[client].loss for client in present]
         record = {
             "round": round_,
-            "clients": chosen,
-            "train_loss": float(np.average([client.loss for client in arrived], weights=sizes)),
+            "clients": present,
+            **({"left_out": {str(client): reason for client, reason in left_out.items()}} if left_out else {}),
+            "train_loss": float(np.average(losses, weights=sizes)) if present else None,
             "metrics": self._evaluate(workers, used) if self.settings.evaluates(round_) else None,
         }
         return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
+
+    def _ask_threads(self, workers, state, received, round_, chosen, bar) -> dict[int, ClientResult]:
+        longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))
+        jobs = {client: workers.submit(self._client, state, received, round_, client) for client in longest_first}
+        for job in jobs.values():
+            job.add_done_callback(lambda _: bar.update())
+        return {client: jobs[client].result() for client in chosen}
 
     def _client(self, model: CompactModel, state: State, received: State, round_: int, client: int) -> ClientResult:
         own = self.split[client]
         return client_step(model, self.train, own, self.method, self.settings, state, received, round_, client)
 
     def _server(self, model, state, memory, arrived, sizes, round_) -> tuple[State, State]:
-        mean = weighted_mean([client.state for client in arrived], sizes)
-        generator = torch_generator(self.settings.seed, "server", round_)
-        return self.method.server_update(state, mean, memory, [client.beside for client in arrived], generator)
+        return server_step(state, memory, arrived, sizes, self.method, self.settings, round_)
 
     def _evaluate(self, workers: Workers, state: State) -> dict:
         def test_part(model: CompactModel, part: Tensor) -> Tensor:

@@ -1,0 +1,250 @@
+"""The same rounds on more than one machine, as a Flower app: a node is a client, the server is `run_experiment`::
+
+    flower/pyproject.toml    names `client` and `server`, and the experiment; `flwr run flower` starts it
+
+Nothing of the method is here. A node runs `client_step`, as a thread of the in-process rounds does; the server runs
+`run_experiment` with `GridClients` in place of those threads, and so checkpoints, goes on after a kill, aligns and
+writes its results file as always. Same experiment, same seed, one thread: the same weights, to the bit.
+
+Needs Flower (`flwr`), in an environment of its own: its pins and this package's do not go together.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from dataclasses import fields, replace
+
+import torch
+
+from mllmfl_lite.align import AlignSettings
+from mllmfl_lite.batches import open_batches
+from mllmfl_lite.experiment import Experiment, run_experiment
+from mllmfl_lite.federated import ClientResult, FedSettings, State, client_step
+
+try:
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+except ImportError as error:
+    raise ImportError(f"the Flower app needs flwr ({error}); `make flower` sets up an environment with it") from error
+
+log = logging.getLogger(__name__)
+
+NODE = "partition-id"  # which client a node is: flower-supernode --node-config 'partition-id=3'
+RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600, "wait": 60}
+"""Keys of the run's config that are not the experiment's: where the server keeps the run, where it tests, how many
+seconds a client has for its round, how many the server waits for clients that are not connected."""
+
+
+# ---------------------------------------------------------------------------------------------------- the experiment
+
+
+def read_experiment(config: dict) -> Experiment:
+    """The experiment that a run's config describes.
+
+    Args:
+        config: flat keys and values: those of `Experiment`, ``settings.rounds`` and the like for `FedSettings`,
+            ``align.per_class`` and the like for stage 3 (which is left out where there is none of them); beside them
+            those of `RUN_KEYS`. The seed is ``settings.seed``, in every stage.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type.
+    """
+    top, inner = {}, {"settings": {}, "align": {}, "method_options": {}}
+    for key, value in config.items():
+        group, _, name = key.partition(".")
+        if name and group in inner:
+            inner[group][name] = value
+        elif key not in RUN_KEYS:
+            top[key] = value
+    settings = _filled(FedSettings(), inner["settings"], "settings.")
+    align = _filled(AlignSettings(), inner["align"], "align.") if inner["align"] else None
+    experiment = _filled(Experiment(), top, "", without=tuple(inner))
+    experiment = replace(experiment, settings=settings, align=align, method_options=inner["method_options"])
+    return experiment.with_seed(settings.seed)
+
+
+def _filled(defaults, values: dict, prefix: str, without: tuple[str, ...] = ()):
+    known = {field.name for field in fields(defaults)} - set(without)
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"the run's config has the unknown key {prefix + name!r}; known are {sorted(known)}")
+        kind = type(getattr(defaults, name))
+        if not isinstance(value, (int, float) if kind is float else kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{prefix + name} must be of type {kind.__name__}; the run's config has {value!r}")
+    return replace(defaults, **values)
+
+
+# ---------------------------------------------------------------------------------------------------- the client
+
+client = ClientApp()
+
+
+@client.query()
+def who(message: Message, context: Context) -> Message:
+    """Which client this node is."""
+    number = ConfigRecord({"client": int(context.node_config[NODE])})
+    return Message(RecordDict({"who": number}), reply_to=message)
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """A client's whole part in a round: `client_step` on this node's share of the images."""
+    torch.set_num_threads(1)
+    experiment, batches, split, method, model = _own(json.dumps(context.run_config, sort_keys=True))
+    number = int(context.node_config[NODE])
+    result = client_step(
+        model, batches, torch.from_numpy(split[number]), method, experiment.settings,
+        state_from(message.content["state"]), state_from(message.content["received"]),
+        int(message.content["round"]["round"]), number,
+    )  # fmt: skip
+    told = MetricRecord({"loss": result.loss, "images": len(split[number])})
+    return Message(
+        RecordDict({"state": record_of(result.state), "beside": record_of(result.beside), "told": told}),
+        reply_to=message,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _own(config: str):
+    experiment = read_experiment(json.loads(config))
+    images, split = experiment.clients()
+    model = replace(experiment, start="").build_model(images.num_classes)  # its weights are the server's in each round
+    method = experiment.build_method(images)
+    return experiment, open_batches(images), split, method, model.to(memory_format=torch.channels_last)
+
+
+def record_of(state: State) -> ArrayRecord:
+    """Tensors by name as Flower sends them; names, shapes, types and bits are kept."""
+    return ArrayRecord(torch_state_dict=state)
+
+
+def state_from(record: ArrayRecord) -> State:
+    """The tensors of `record_of`."""
+    return dict(record.to_torch_state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """`run_experiment` with the nodes of `grid` as its clients."""
+    torch.set_num_threads(1)
+    experiment, run = read_experiment(context.run_config), {**RUN_KEYS, **context.run_config}
+    sizes = [len(own) for own in experiment.clients()[1]]
+    ask = GridClients(grid, sizes, run["timeout"], run["wait"])
+    result = run_experiment(experiment, run["folder"], run["device"], ask=ask)
+    log.info("top-1 %.1f %%; the results are in %s", 100 * result["summary"]["top1"], run["folder"])
+
+
+class BadReply(ValueError):
+    """What a client sent, or did not send, cannot go into the mean; the message is the reason."""
+
+
+class GridClients:
+    """Asks clients through Flower, for `run_federated`'s `ask`. Whose answer is not sound is left out, and named.
+
+    Args:
+        grid: Flower's way to the nodes.
+        sizes: each client's number of images, as the split says.
+        timeout: seconds that a client has for its round.
+        wait: seconds to wait for clients that are not connected.
+    """
+
+    def __init__(self, grid: Grid, sizes: list[int], timeout: float, wait: float):
+        self.grid, self.sizes, self.timeout, self.wait = grid, sizes, timeout, wait
+        self._client_of: dict[int, int | None] = {}  # of each node that has said which it is
+
+    def __call__(
+        self, state: State, received: State, round_: int, chosen: list[int]
+    ) -> tuple[dict[int, ClientResult], dict[int, str]]:
+        """Results by client, and for each other client of `chosen` the reason why it is left out."""
+        nodes = self._find(chosen)
+        content = {
+            "state": record_of(state),
+            "received": record_of(received),
+            "round": ConfigRecord({"round": round_}),
+        }
+        sent = [self._message(RecordDict(dict(content)), node, "train") for node in nodes.values()]
+        replies = {reply.metadata.src_node_id: reply for reply in self._send(sent, self.timeout)}
+        results, left_out = {}, {}
+        for client_ in chosen:
+            try:
+                results[client_] = self._read(client_, nodes, replies, state)
+            except BadReply as reason:
+                left_out[client_] = str(reason)
+                log.warning("round %d: client %d is left out: %s", round_, client_, reason)
+        return results, left_out
+
+    def _message(self, content: RecordDict, node: int, kind: str) -> Message:
+        return Message(content, dst_node_id=node, message_type=kind, ttl=float(self.timeout))
+
+    def _send(self, messages: list[Message], timeout: float) -> list[Message]:
+        return list(self.grid.send_and_receive(messages, timeout=timeout)) if messages else []
+
+    def _find(self, chosen: list[int]) -> dict[int, int]:
+        """The node of each chosen client that is connected; of two that say they are the same, the one met last."""
+        give_up = time.monotonic() + self.wait
+        while True:
+            connected = set(self.grid.get_node_ids())
+            self._client_of = {node: of for node, of in self._client_of.items() if node in connected}
+            self._ask_who(sorted(connected - set(self._client_of)))
+            nodes = {of: node for node, of in self._client_of.items() if of is not None}
+            if set(chosen) <= set(nodes) or time.monotonic() > give_up:
+                return {of: nodes[of] for of in chosen if of in nodes}
+            time.sleep(0.5)
+
+    def _ask_who(self, nodes: list[int]) -> None:
+        asked = [self._message(RecordDict(), node, "query") for node in nodes]
+        for reply in self._send(asked, min(self.timeout, 60)):
+            if reply.has_error():
+                continue  # it may answer the next time
+            number = reply.content["who"]["client"]
+            known = isinstance(number, int) and 0 <= number < len(self.sizes)
+            if not known:
+                log.warning("a node says it is client %r; clients are 0 to %d", number, len(self.sizes) - 1)
+            self._client_of[reply.metadata.src_node_id] = number if known else None
+
+    def _read(self, client_: int, nodes: dict[int, int], replies: dict[int, Message], state: State) -> ClientResult:
+        if client_ not in nodes:
+            raise BadReply(f"no node with {NODE}={client_} is connected")
+        if nodes[client_] not in replies:
+            raise BadReply(f"no answer within {self.timeout} seconds")
+        reply = replies[nodes[client_]]
+        if reply.has_error():
+            raise BadReply(f"its part failed: {reply.error.reason}")
+        try:
+            there, beside = state_from(reply.content["state"]), state_from(reply.content["beside"])
+            loss, images = float(reply.content["told"]["loss"]), reply.content["told"]["images"]
+        except Exception as error:  # it comes from outside: whatever is wrong with it, it must not end the run
+            raise BadReply(f"its answer cannot be read ({type(error).__name__}: {error})") from error
+        check_reply(there, beside, loss, images, state, self.sizes[client_])
+        return ClientResult(there, beside, loss)
+
+
+def check_reply(there: State, beside: State, loss: float, images: int, state: State, expected: int) -> None:
+    """Raise `BadReply` unless a client's answer is sound.
+
+    Args:
+        there: its weights.
+        beside: what it uploads beside them.
+        loss: its training loss.
+        images: how many images it says it trained on.
+        state: the global weights, whose names, shapes and types its own must have.
+        expected: how many images the split gave it: a client cannot give itself a larger weight.
+    """
+    if images != expected:
+        raise BadReply(f"it says it has {images} images, the split says {expected}")
+    if there.keys() != state.keys():
+        raise BadReply(f"its weights have other names: {sorted(there.keys() ^ state.keys())[:3]}")
+    for name, tensor in there.items():
+        if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
+            raise BadReply(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(state[name].shape)}")
+    if not all(torch.isfinite(t).all() for t in (*there.values(), *beside.values(), torch.tensor(loss))):
+        raise BadReply("it sent a number that is not finite")

@@ -1,0 +1,253 @@
+"""The Flower app. Run by `make flower`, in an environment of its own; elsewhere flwr is absent and all is skipped."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+
+pytest.importorskip("flwr")
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from mllmfl_lite import flower_app
+from mllmfl_lite.align import AlignSettings
+from mllmfl_lite.experiment import Experiment, run_experiment
+from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.flower_app import RUN_KEYS, GridClients, read_experiment, record_of, state_from
+from mllmfl_lite.models import load_model
+
+
+@pytest.fixture(autouse=True)
+def _a_task(monkeypatch):
+    """Messages belong to a run; outside Flower's own processes there is none."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+CONFIG = {
+    "dataset": "cifar10_mini", "num_clients": 4, "width": 2, "settings.rounds": 2, "settings.clients_per_round": 2,
+    "settings.local_epochs": 1, "settings.report_rounds": 1, "settings.seed": 3, "wait": 0, "timeout": 5,
+}  # fmt: skip
+
+
+class InProcess:
+    """A grid whose nodes are calls: node 100 + k is client k. `spoil` may change a reply, or return None for none."""
+
+    def __init__(self, config, clients=4, spoil=lambda client, round_, reply: reply):
+        self.config, self.spoil, self.nodes, self.rounds = config, spoil, [100 + k for k in range(clients)], []
+
+    def get_node_ids(self):
+        return self.nodes
+
+    def send_and_receive(self, messages, *, timeout=None):
+        for message in messages:
+            node = message.metadata.dst_node_id
+            context = Context(1, node, {"partition-id": node - 100}, RecordDict(), self.config)
+            try:
+                reply = flower_app.client(message, context)
+            except Exception as error:
+                reply = Message(Error(0, str(error)), reply_to=message)
+            if message.metadata.message_type == "train":
+                round_ = message.content["round"]["round"]
+                self.rounds.append((round_, node - 100))
+                reply = self.spoil(node - 100, round_, reply)
+            if reply is not None:
+                reply.metadata._src_node_id = node
+                yield reply
+
+
+def run(tmp_path, grid):
+    config = {**grid.config, "folder": str(tmp_path)}
+    flower_app.server(grid, Context(1, 0, {}, RecordDict(), config))
+    (path,) = tmp_path.glob("*.json")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the experiment
+
+
+def test_a_config_is_an_experiment():
+    experiment = read_experiment({**CONFIG, "align.per_class": 7, "method": "fedprox", "method_options.mu": 0.5})
+    settings = FedSettings(2, 2, 1, report_rounds=1, seed=3)
+    assert experiment == Experiment(
+        "cifar10_mini", num_clients=4, width=2, method="fedprox", method_options={"mu": 0.5}, settings=settings,
+        align=AlignSettings(per_class=7, seed=3),
+    )  # fmt: skip
+    assert read_experiment({}) == Experiment()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"num_client": 4}, "unknown key 'num_client'; known are"),
+        ({"settings.round": 4}, "unknown key 'settings.round'"),
+        ({"settings": 4}, "unknown key 'settings'"),
+        ({"num_clients": "4"}, "num_clients must be of type int; the run's config has '4'"),
+        ({"settings.rounds": True}, "settings.rounds must be of type int"),
+        ({"settings.rounds": 0}, "rounds must be a whole number"),
+    ],
+)
+def test_a_wrong_config_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        read_experiment(wrong)
+
+
+def test_the_apps_own_config_can_be_read():
+
+    text = (Path(__file__).parent.parent / "flower" / "pyproject.toml").read_text()
+    tables = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+    flat = {k: v for k, v in tables.items() if k != "settings"} | {
+        f"settings.{k}": v for k, v in tables["settings"].items()
+    }
+    assert read_experiment(flat).settings.rounds == 20 and set(RUN_KEYS) - {"device"} <= set(flat)
+
+
+def test_tensors_travel_to_the_bit():
+    state = {
+        "w": torch.randn(3, 4, 3, 3).to(memory_format=torch.channels_last), "n": torch.tensor(7),
+        "odd": torch.tensor([-0.0, 1e-45, math.inf]), "e": torch.empty(0, 5),
+    }  # fmt: skip
+    back = state_from(record_of(state))
+    assert list(back) == list(state)
+    for name, tensor in state.items():
+        assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape)
+        assert back[name].contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ equality
+
+MORE = [
+    {}, {"method": "fedprox"}, {"method": "fedavgm"}, {"method": "creff", "method_options.head_epochs": 2},
+    {"start": "dwp_linear", "settings.seed": 1, "width": 16, "align.teacher": "clip", "align.per_class": 4, "align.epochs": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", MORE, ids=lambda more: more.get("method", more.get("start", "fedavg")))
+def test_it_is_the_in_process_run_to_the_bit(tmp_path, more):
+    config = {**CONFIG, **more}
+    path = run(tmp_path / "flower", InProcess(config))
+    plain = run_experiment(read_experiment(config), tmp_path / "plain", "cpu")
+    there = json.loads(path.read_text())
+    assert there["summary"] == plain["summary"] and there["parameters"] == asdict_json(read_experiment(config))
+    for kept in (tmp_path / "plain" / "models").iterdir():
+        mine, theirs = (
+            load_model(kept).state_dict(),
+            load_model(tmp_path / "flower" / "models" / kept.name).state_dict(),
+        )
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def asdict_json(experiment):
+    return json.loads(json.dumps(asdict(experiment)))
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def poison(change):
+    """Client 0's answers, changed."""
+
+    def spoil(client, round_, reply):
+        if client == 0:
+            change(reply.content)
+        return reply
+
+    return spoil
+
+
+def set_state(change):
+    def of(content):
+        state = state_from(content["state"])
+        change(state)
+        content["state"] = ArrayRecord(torch_state_dict=state)
+
+    return of
+
+
+FAULTS = {
+    "nan": (set_state(lambda s: s["head.bias"].fill_(math.nan)), "not finite"),
+    "shape": (set_state(lambda s: s.update({"head.bias": torch.zeros(11)})), r"head.bias is torch.float32 \(11,\)"),
+    "type": (set_state(lambda s: s.update({"head.bias": torch.zeros(10, dtype=torch.float64)})), "float64"),
+    "names": (set_state(lambda s: s.pop("head.bias")), "other names: .'head.bias'"),
+    "size": (lambda c: c["told"].update({"images": 10**9}), "says it has 1000000000 images, the split says"),
+    "loss": (lambda c: c["told"].update({"loss": math.inf}), "not finite"),
+    "missing": (lambda c: c.pop("told"), r"cannot be read \(KeyError"),
+    "kind": (lambda c: c.update({"told": ConfigRecord({"loss": "low", "images": 3})}), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_answer_is_left_out_and_named(tmp_path, caplog, fault):
+    """All clients are drawn; the run goes on without client 0, as if it were not there."""
+    change, says = FAULTS[fault]
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1}
+    result = json.loads(run(tmp_path, InProcess(config, spoil=poison(change))).read_text())
+    (record,) = result["history"]
+    assert record["clients"] == [1, 2, 3] and list(record["left_out"]) == ["0"]
+    assert re.search(says, record["left_out"]["0"]), record["left_out"]
+    assert "round 1: client 0 is left out" in caplog.text
+    calm = json.loads(
+        run(tmp_path / "other", InProcess(config, spoil=lambda c, r, reply: None if c == 0 else reply)).read_text()
+    )
+    assert calm["history"][0]["metrics"] == record["metrics"]
+    assert "no answer within 5 seconds" in calm["history"][0]["left_out"]["0"]
+
+
+def test_a_client_that_fails_says_why(tmp_path):
+    def fail(client, round_, reply):
+        return Message(Error(0, "out of memory"), reply_to=reply) if client == 0 else reply
+
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1}
+    result = json.loads(run(tmp_path, InProcess(config, spoil=fail)).read_text())
+    assert result["history"][0]["left_out"] == {"0": "its part failed: out of memory"}
+
+
+def test_nobody_answers_and_the_weights_stay(tmp_path):
+    result = json.loads(run(tmp_path, InProcess(CONFIG, spoil=lambda *_: None)).read_text())
+    assert [record["clients"] for record in result["history"]] == [[], []]
+    assert [record["train_loss"] for record in result["history"]] == [None, None]
+    experiment = read_experiment(CONFIG)
+    start = experiment.build_model(10).state_dict()
+    kept = load_model(next((tmp_path / "models").iterdir())).state_dict()
+    assert all(torch.equal(start[name], kept[name]) for name in start)
+
+
+def test_a_client_that_is_not_connected_is_waited_for_then_left_out(tmp_path):
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1, "wait": 1}
+    result = json.loads(run(tmp_path, InProcess(config, clients=3)).read_text())
+    assert result["history"][0]["left_out"] == {"3": "no node with partition-id=3 is connected"}
+
+
+def test_a_node_that_comes_back_takes_its_place():
+    grid = InProcess(CONFIG)
+    ask = GridClients(grid, [1] * 4, 5, 0)
+    assert ask._find([0, 1]) == {0: 100, 1: 101}
+    grid.nodes = [100, 101, 102, 103]
+    ask._client_of[55] = 1  # gone since
+    ask._client_of.pop(101)
+    assert ask._find([0, 1]) == {0: 100, 1: 101} and 55 not in ask._client_of
+
+
+def test_a_killed_server_goes_on_where_it_was(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(client, round_, reply):
+        if round_ == 2:
+            raise Stop
+        return reply
+
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", InProcess(CONFIG, spoil=stop))
+    again = InProcess(CONFIG)
+    path = run(tmp_path / "stopped", again)
+    assert {round_ for round_, _ in again.rounds} == {2}, "the first round was not asked for again"
+    whole = run(tmp_path / "whole", InProcess(CONFIG))
+    left, right = (json.loads(p.read_text()) for p in (path, whole))
+    assert left["summary"] == right["summary"]
