@@ -10,12 +10,13 @@ EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
 RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
 BOOK := _build/html/.built
+FLOWER := .venv-flower
 
 # Bars would end up in outputs and logs; run a chapter in Jupyter, or a script in a terminal, to see them.
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser outputs annotations bench evidence clean
+.PHONY: help setup book serve test lint unit notebooks browser flower outputs annotations bench evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
@@ -67,6 +68,15 @@ browser: $(BOOK)  ## look at the rendered book in a headless browser, where ther
 
 notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed ones (nbval)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
+
+flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
+	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider tests/test_flower_*.py
+
+# Flower's pins and this project's do not go together: flwr and what it needs come first, the rest is looked up in .venv.
+$(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
+	@echo "installing flwr into $(FLOWER)"
+	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)
+	@touch $@
 
 outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)

@@ -94,27 +94,40 @@ def who(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """A client's whole part in a round: `client_step` on this node's share of the images."""
     torch.set_num_threads(1)
-    experiment, batches, split, method, model = _own(json.dumps(context.run_config, sort_keys=True))
     number = int(context.node_config[NODE])
-    result = client_step(
-        model, batches, torch.from_numpy(split[number]), method, experiment.settings,
-        state_from(message.content["state"]), state_from(message.content["received"]),
-        int(message.content["round"]["round"]), number,
-    )  # fmt: skip
-    told = MetricRecord({"loss": result.loss, "images": len(split[number])})
+    own = client_part(json.dumps(context.run_config, sort_keys=True))
+    received = [state_from(message.content[name]) for name in ("state", "received")]
+    result = own(*received, int(message.content["round"]["round"]), number)
+    told = MetricRecord({"loss": result.loss, "images": own.images(number)})
     return Message(
         RecordDict({"state": record_of(result.state), "beside": record_of(result.beside), "told": told}),
         reply_to=message,
     )
 
 
+class ClientPart:
+    """A client's part of a run, without Flower: state, `broadcast`, round and client to a result."""
+
+    def __init__(self, experiment: Experiment):
+        images, self.split = experiment.clients()
+        start = replace(experiment, start="").build_model(images.num_classes)  # in each round it is given weights
+        self.model, self.method = start.to(memory_format=torch.channels_last), experiment.build_method(images)
+        self.settings, self.batches = experiment.settings, open_batches(images)
+
+    def __call__(self, state: State, received: State, round_: int, client_: int) -> ClientResult:
+        """`client_step` on the client's images."""
+        own = torch.from_numpy(self.split[client_])
+        return client_step(self.model, self.batches, own, self.method, self.settings, state, received, round_, client_)
+
+    def images(self, client_: int) -> int:
+        """How many images the client holds."""
+        return len(self.split[client_])
+
+
 @functools.lru_cache(maxsize=1)
-def _own(config: str):
-    experiment = read_experiment(json.loads(config))
-    images, split = experiment.clients()
-    model = replace(experiment, start="").build_model(images.num_classes)  # its weights are the server's in each round
-    method = experiment.build_method(images)
-    return experiment, open_batches(images), split, method, model.to(memory_format=torch.channels_last)
+def client_part(config: str) -> ClientPart:
+    """The part that a run's config (as JSON) describes; kept, since a process may be asked round after round."""
+    return ClientPart(read_experiment(json.loads(config)))
 
 
 def record_of(state: State) -> ArrayRecord:

@@ -124,7 +124,10 @@ def test_tensors_travel_to_the_bit():
 
 MORE = [
     {}, {"method": "fedprox"}, {"method": "fedavgm"}, {"method": "creff", "method_options.head_epochs": 2},
-    {"start": "dwp_linear", "settings.seed": 1, "width": 16, "align.teacher": "clip", "align.per_class": 4, "align.epochs": 1},
+    {
+        "start": "dwp_linear", "settings.seed": 1, "width": 16,
+        "align.teacher": "clip", "align.per_class": 4, "align.epochs": 1,
+    },
 ]  # fmt: skip
 
 
