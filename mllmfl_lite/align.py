@@ -148,6 +148,17 @@ def draw_server_set(
     return ServerSet(images, told[torch.from_numpy(rows)], rows, short)
 
 
+def evened(told: Tensor, over: Tensor) -> Tensor:
+    """Answers divided by the mean answer and normalised: what is left when no class is favoured on the whole.
+
+    Args:
+        told: distributions (n, C).
+        over: the distributions to take the mean of (N, C), e.g. those on the whole pool.
+    """
+    even = told / over.mean(0).clamp(min=1e-12)
+    return even / even.sum(1, keepdim=True)
+
+
 def describe(chosen: ServerSet, pool: ImageSet) -> dict:
     """Images a class, classes that came short, and how often the teacher's choice is the pool's own label.
 
@@ -186,6 +197,7 @@ class AlignSettings:
             ``"imagenet"``, a classifier that never saw CIFAR (see `imagenet_teacher`); or ``"labels"``, a control: the
             pool's own labels, which no server has.
         wrong: how often the control ``"labels"`` names another class, in [0, 1].
+        even: take the KL term's q as `evened` over the pool; the set and its labels stay what they are.
         when: ``"end"``, once after the last round, or ``"each round"``: the clients' mean is aligned before it goes on.
         without: class names left out of the set, to see what a pool does that lacks them.
         seed: of batches and augmentation.
@@ -201,6 +213,7 @@ class AlignSettings:
     part: str = "all"
     teacher: str = "mllm"
     wrong: float = 0.0
+    even: bool = False
     when: str = "end"
     without: tuple[str, ...] = ()
     seed: int = 0

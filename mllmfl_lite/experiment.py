@@ -28,6 +28,7 @@ from mllmfl_lite.align import (
     ask_teacher,
     describe,
     draw_server_set,
+    evened,
 )
 from mllmfl_lite.baselines import METHODS
 from mllmfl_lite.data import ImageSet, load_images
@@ -236,7 +237,8 @@ def _keep(model: CompactModel, experiment: Experiment, folder: str | Path, name:
 def _server_set(experiment: Experiment, names, device, folder: str | Path) -> ServerSet:
     pool, wanted = load_pool(experiment), experiment.align
     told = ask_teacher(load_teacher(experiment, device), pool, names, Path(folder) / "told" if folder else "")
-    return draw_server_set(pool, told, names, wanted.per_class, wanted.without)
+    chosen = draw_server_set(pool, told, names, wanted.per_class, wanted.without)
+    return replace(chosen, told=evened(chosen.told, told)) if wanted.even else chosen
 
 
 def load_pool(experiment: Experiment) -> ImageSet:

@@ -32,6 +32,8 @@ CONDITIONS = {
     "labels_beta_0": {"teacher": "labels", "beta": 0.0},
     "clip_beta_0": {"teacher": "clip", "beta": 0.0},
     "imagenet_beta_0": {"teacher": "imagenet", "beta": 0.0},
+    "even": {"even": True},
+    "imagenet_even": {"teacher": "imagenet", "even": True},
     **{f"wrong_{w}": {"teacher": "labels", "beta": 0.0, "wrong": w / 100} for w in (20, 40, 60, 80)},
     "each_round": {"when": "each round", "epochs": 1},  # as many passes in all
     "without_truck": {"without": ("truck",)},

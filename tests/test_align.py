@@ -22,6 +22,7 @@ from mllmfl_lite.align import (
     ask_teacher,
     describe,
     draw_server_set,
+    evened,
 )
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.evaluate import evaluate_model
@@ -229,6 +230,30 @@ def test_settings_out_of_range_are_refused(name, value):
 
 
 # ------------------------------------------------------------------------------------------------ with the rounds
+
+
+def test_evened_answers_favour_no_class():
+    """By hand; and where answers are a common factor times something without preference, that something is left."""
+    over = torch.tensor([[0.8, 0.2], [0.6, 0.4]])  # mean 0.7, 0.3
+    left = torch.tensor([0.8 / 0.7, 0.2 / 0.3])
+    torch.testing.assert_close(evened(over[:1], over)[0], left / left.sum())
+    fair = softmax(torch.randn(5000, 4, generator=torch_generator(0)), 1)
+    bent = fair * torch.tensor([1.0, 2.0, 4.0, 0.5])
+    bent /= bent.sum(1, keepdim=True)
+    assert evened(bent, bent).mean(0).std() < 0.2 * bent.mean(0).std()
+    assert equal({"q": evened(fair, torch.ones(1, 4)).argmax(1)}, {"q": fair.argmax(1)})
+
+
+def test_even_answers_change_the_doubts_and_not_the_set(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "mllmfl_lite.experiment.align", lambda m, chosen, *a: seen.append(chosen) or align(m, chosen, *a)
+    )
+    for even in (False, True):
+        run_experiment(replace(TINY, align=replace(TINY.align, even=even)), tmp_path, "cpu", label=f"even{even}")
+    plain, even = seen
+    assert (plain.rows == even.rows).all() and (plain.images.labels == even.images.labels).all()
+    assert not torch.equal(plain.told, even.told) and (even.told.sum(1) - 1).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("wrong", [{"wrong": -0.1}, {"wrong": 1.1}, {"wrong": math.nan}])
