@@ -398,9 +398,8 @@ def _mean_of(values: list[float | None] | tuple[float | None, ...]) -> float | N
     return None if None in values else float(np.mean(values))
 
 
+# How a server asks clients: global state, `broadcast`, round and clients -> results, and reasons of those left out.
 Ask = Callable[[State, State, int, list[int]], tuple[dict[int, ClientResult], dict[int, str]]]
-"""How a server asks clients: global state, `broadcast`, round and clients, to results and to reasons of those left out.
-"""
 
 
 class Workers:

@@ -34,9 +34,9 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 NODE = "partition-id"  # which client a node is: flower-supernode --node-config 'partition-id=3'
+# Keys of a run's config that are not the experiment's: where the server keeps the run, where it tests, how many seconds
+# a client has for its round, how many the server waits for clients that are not connected.
 RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600, "wait": 60}
-"""Keys of the run's config that are not the experiment's: where the server keeps the run, where it tests, how many
-seconds a client has for its round, how many the server waits for clients that are not connected."""
 
 
 # ---------------------------------------------------------------------------------------------------- the experiment
