@@ -72,7 +72,7 @@ notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
 	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider tests/test_flower_*.py
 
-# Flower's pins and this project's do not go together: flwr and what it needs come first, the rest is looked up in .venv.
+# Flower asks for older versions of several packages: it and what it needs come first, the rest is looked up in .venv.
 $(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
 	@echo "installing flwr into $(FLOWER)"
 	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)

@@ -135,9 +135,7 @@ class FileBatches:
 
     def _begin(self, indices: Tensor, generator: torch.Generator) -> list[Future]:
         chances = torch.rand(len(indices), 1 + 4 * self.TRIES, generator=generator).tolist()
-        return [
-            self._threads.submit(self._part, i, of) for i, of in zip(indices.tolist(), chances, strict=True)
-        ]  # fmt: skip
+        return [self._threads.submit(self._part, *one) for one in zip(indices.tolist(), chances, strict=True)]
 
     def _collect(self, jobs: list[Future]) -> Tensor:
         pixels = torch.stack([job.result() for job in jobs])

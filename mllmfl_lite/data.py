@@ -22,8 +22,12 @@ from PIL import Image
 from mllmfl_lite.files import DataError, ImageFiles, check_files, read_list
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-PARTS = {"cifar10_mini": ("train", "web", "test"), "cifar10": ("train", "test"), "cifar100": ("train", "test")}
-PARTS["imagenet_lt"] = ("train", "val", "test")
+PARTS = {
+    "cifar10_mini": ("train", "web", "test"),
+    "cifar10": ("train", "test"),
+    "cifar100": ("train", "test"),
+    "imagenet_lt": ("train", "val", "test"),
+}
 UNLABELLED = ("unlabelled",)  # class names of a set whose labels mean nothing
 FOLDER_VARIABLE = "MLLMFL_DATA"
 MINI_FOLDER = Path(__file__).parent / "assets" / "cifar10_mini"

@@ -10,6 +10,7 @@ is shared: the same clients are drawn and the same batches shown to every method
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import threading
 import time
@@ -520,34 +521,29 @@ class _Rounds:
     def _round(self, workers, state, memory, round_, bar) -> tuple[State, State, dict]:
         started = time.perf_counter()
         chosen, received = choose_clients(len(self.split), self.settings, round_), self.method.broadcast(memory)
-        if self.ask:
-            results, left_out = self.ask(state, received, round_, chosen)
-            bar.update(len(chosen))
-        else:
-            results, left_out = self._ask_threads(workers, state, received, round_, chosen, bar), {}
+        ask = self.ask or functools.partial(self._ask_threads, workers, bar)
+        results, left_out = ask(state, received, round_, chosen)
+        bar.update(round_ * len(chosen) - bar.n)  # threads have been counted one by one
         present = sorted(results)
-        sizes = [len(self.split[client]) for client in present]
+        arrived, sizes = [results[client] for client in present], [len(self.split[client]) for client in present]
         if present:
-            arrived = [results[client] for client in present]
-            step = workers.submit(self._server, state, memory, arrived, sizes, round_)
-            state, memory = step.result()
+            state, memory = workers.submit(self._server, state, memory, arrived, sizes, round_).result()
         used = self.method.deployed(state, memory)
-        losses = [results[client].loss for client in present]
         record = {
             "round": round_,
             "clients": present,
             **({"left_out": {str(client): reason for client, reason in left_out.items()}} if left_out else {}),
-            "train_loss": float(np.average(losses, weights=sizes)) if present else None,
+            "train_loss": float(np.average([client.loss for client in arrived], weights=sizes)) if present else None,
             "metrics": self._evaluate(workers, used) if self.settings.evaluates(round_) else None,
         }
         return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _ask_threads(self, workers, state, received, round_, chosen, bar) -> dict[int, ClientResult]:
+    def _ask_threads(self, workers, bar, state, received, round_, chosen) -> tuple[dict[int, ClientResult], dict]:
         longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))
         jobs = {client: workers.submit(self._client, state, received, round_, client) for client in longest_first}
         for job in jobs.values():
             job.add_done_callback(lambda _: bar.update())
-        return {client: jobs[client].result() for client in chosen}
+        return {client: jobs[client].result() for client in chosen}, {}
 
     def _client(self, model: CompactModel, state: State, received: State, round_: int, client: int) -> ClientResult:
         own = self.split[client]

@@ -6,7 +6,7 @@ Nothing of the method is here. A node runs `client_step`, as a thread of the in-
 `run_experiment` with `GridClients` in place of those threads, and so checkpoints, goes on after a kill, aligns and
 writes its results file as always. Same experiment, same seed, one thread: the same weights, to the bit.
 
-Needs Flower (`flwr`), in an environment of its own: its pins and this package's do not go together.
+Needs Flower (`flwr`), in an environment of its own: it asks for older versions of several of this package's companions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A weaker teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes::
+"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes::
 
     teacher = load_imagenet()                        # EfficientNet-lite2, two optional packages
     teacher.class_probabilities(images, names)       # (N, C): zero-shot, from the 1,000 ImageNet classes

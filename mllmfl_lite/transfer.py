@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mllmfl_lite.batches import Batches
+from mllmfl_lite.batches import open_batches
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.evaluate import EVAL_BATCH
 from mllmfl_lite.federated import FedResult, FedSettings, run_federated
@@ -30,7 +30,7 @@ from mllmfl_lite.repro import stable_seed
 def embed(model: CompactModel, data: ImageSet) -> Tensor:
     """The features of all images, float32 (N, D); puts the model in evaluation mode."""
     model.eval()
-    batches = Batches(data)
+    batches = open_batches(data)
     return torch.cat([model.features(batches.plain(part)) for part in torch.arange(len(data)).split(EVAL_BATCH)])
 
 

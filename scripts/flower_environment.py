@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/flower_environment.py .venv-flower
 
-Flower pins versions that this project's requirements exclude. What it needs is installed into the new environment and
-found there first; torch and the rest, several GB, are looked up in the environment that runs this script.
+Flower asks for older versions of packages that this project uses (fastapi, typer, rich, packaging, ...). What it needs
+is installed into the new environment and found there first; torch and the rest, several GB, are looked up in the
+environment that runs this script.
 """
 
 import argparse

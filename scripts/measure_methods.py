@@ -33,7 +33,7 @@ SCALES = {
 START = "dwp_linear"  # the paper's stage 1; "features" is the control that needs no words
 ALIGN = AlignSettings()
 CE_ONLY = replace(ALIGN, beta=0.0)
-IMAGENET = replace(ALIGN, teacher="imagenet")  # weaker, and has never seen CIFAR
+IMAGENET = replace(ALIGN, teacher="imagenet")  # has never seen CIFAR
 CONDITIONS = {
     "fedavg": {},
     "stage1": {"start": START},

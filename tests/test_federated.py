@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from mllmfl_lite import federated, partition
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.checkpoint import CheckpointError
-from mllmfl_lite.federated import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, run_federated
+from mllmfl_lite.federated import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, client_step, run_federated
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
 
@@ -146,6 +146,48 @@ def test_the_global_generator_and_the_given_model_are_left_alone(images, model, 
     assert equal(first, run_federated(model, images, split, images, settings=QUICK).state)
     assert equal(weights, model.state_dict())
     torch.random.set_rng_state(before)
+
+
+def remote(images, split, missing=()):
+    """Clients that are asked elsewhere; those of `missing`, pairs (round, client), are left out."""
+    worker = build_model("resnet8", 3, width=4).to(memory_format=torch.channels_last)
+
+    def ask(state, received, round_, chosen):
+        present = [client for client in chosen if (round_, client) not in missing]
+        rows = {client: torch.from_numpy(split[client]) for client in present}
+        part = (worker, Batches(images))
+        results = {c: client_step(*part, rows[c], FedAvg(), QUICK, state, received, round_, c) for c in present[::-1]}
+        return results, {client: "asleep" for client in chosen if client not in present}
+
+    return ask
+
+
+def test_clients_that_are_asked_elsewhere_give_the_same_bits(images, model, split):
+    here = run_federated(model, images, split, images, settings=QUICK, workers=1)
+    there = run_federated(model, images, split, images, settings=QUICK, ask=remote(images, split))
+    assert equal(here.state, there.state)
+    assert [r["clients"] for r in here.history] == [r["clients"] for r in there.history]
+    assert not any("left_out" in record for record in there.history)
+
+
+def test_a_client_that_is_left_out_is_named_and_not_in_the_mean(images, model, split):
+    drawn = federated.choose_clients(4, QUICK, 1)
+    missing = {(1, drawn[0]), *((2, client) for client in range(4))}
+    one, two, three = (
+        run_federated(
+            model, images, split, images, settings=replace(QUICK, rounds=n), ask=remote(images, split, missing)
+        )
+        for n in (1, 2, 3)
+    )
+    first, second, third = three.history
+    assert first["clients"] == drawn[1:] and first["left_out"] == {str(drawn[0]): "asleep"}
+    (only,) = drawn[1:]
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sent, _ = remote(images, split)(start, {}, 1, [only])
+    assert equal(one.state, sent[only].state), "the mean of one is that one"
+    assert second["clients"] == [] and second["train_loss"] is None and len(second["left_out"]) == 2
+    assert equal(one.state, two.state), "nobody was there: the weights are what they were"
+    assert len(third["clients"]) == 2 and not equal(two.state, three.state)
 
 
 def test_seeds_change_the_run(images, model, split):
