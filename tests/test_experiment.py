@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from mllmfl_lite import results
 from mllmfl_lite.align import AlignSettings
@@ -135,3 +136,12 @@ def test_committed_results_are_whole():
 def test_results_are_plain_json(tmp_path):
     results.save_result(tmp_path / "new" / "x.json", {"a": [1, None]})
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"format": 1, "a": [1, None]}
+
+
+def test_a_rescaled_start_has_random_norms_and_computes_the_same():
+    kept, scaled = (Experiment(width=16, start="dwp_linear", rescale=r).build_model(10).eval() for r in (False, True))
+    random = Experiment(width=16).build_model(10)
+    norms = [[p.norm().item() for p in of.parameters() if p.ndim == 4] for of in (kept, scaled, random)]
+    assert norms[1] == pytest.approx(norms[2], rel=1e-4) and norms[0] != pytest.approx(norms[2], rel=0.1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kept(x), scaled(x), rtol=1e-2, atol=1e-2)

@@ -18,7 +18,17 @@ from torch.nn.functional import cross_entropy
 from mllmfl_lite import federated, partition
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.checkpoint import CheckpointError
-from mllmfl_lite.federated import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, client_step, run_federated
+from mllmfl_lite.federated import (
+    ClientDiverged,
+    ClientResult,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedSettings,
+    client_step,
+    run_federated,
+    server_step,
+)
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
 
@@ -119,6 +129,20 @@ def test_server_momentum_in_closed_form():
         state, memory = method.server_update(state, mean, memory, [], None)
         assert state["w"].item() == pytest.approx(-g * (t - b * (1 - b**t) / (1 - b)) / (1 - b), rel=1e-4)
         assert state["stat"].item() == t  # BatchNorm statistics take the mean, without momentum
+
+
+def test_the_server_steps_from_the_state_that_the_round_began_with(model):
+    """Half a step of FedAvgM from w towards the weighted mean of two clients, in float64."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arrived = [
+        ClientResult({n: t + k if t.is_floating_point() else t for n, t in state.items()}, {}, 0.0) for k in (1, 5)
+    ]
+    parameters, method = {name: p.detach() for name, p in model.named_parameters()}, FedAvgM(server_lr=0.5)
+    memory = method.init_memory(parameters, torch_generator(0))
+    moved, velocity = server_step(state, memory, arrived, [3, 1], method, QUICK, 1)
+    for name in parameters:  # the mean is w + 2
+        torch.testing.assert_close(moved[name].double(), state[name].double() + 1, rtol=0, atol=1e-5)
+        torch.testing.assert_close(velocity[name], torch.full_like(velocity[name], -2.0), rtol=0, atol=1e-5)
 
 
 def test_training_learns_something(images, model, split):
@@ -232,7 +256,7 @@ def test_the_summary_averages_the_last_rounds():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rounds", 0), ("clients_per_round", 0), ("local_epochs", -1), ("batch_size", 0), ("eval_every", 0),
-     ("rounds", 2.5), ("lr", 0.0), ("lr", float("inf")), ("lr", float("nan"))],
+     ("rounds", 2.5), ("rounds", True), ("lr", 0.0), ("lr", float("inf")), ("lr", float("nan"))],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):

@@ -225,6 +225,14 @@ def shape(boxes):
     return boxes[:, 3] / boxes[:, 2]
 
 
+def test_boxes_reach_every_edge():
+    square = [0.5, 0.5]  # half of the picture, as wide as high
+    top, left, height, width = random_box(100, 100, [*square, 0.0, 0.0])
+    assert (top, left) == (0, 0) and height == width == round((0.54 * 100 * 100) ** 0.5)
+    top, left, height, width = random_box(100, 100, [*square, 1 - 1e-9, 1 - 1e-9])
+    assert (top + height, left + width) == (100, 100)
+
+
 def test_where_no_box_fits_the_middle_is_taken():
     never = [0.999, 0.999, 0.5, 0.5] * 10  # nearly the whole area, as wide as allowed
     assert random_box(10, 1000, never) == ((1000 - 13) // 2, 0, 13, 10)
