@@ -202,6 +202,27 @@ def test_a_bad_answer_is_left_out_and_named(tmp_path, caplog, fault):
     assert "no answer within 5 seconds" in calm["history"][0]["left_out"]["0"]
 
 
+def test_what_comes_beside_the_weights_must_be_finite_too(tmp_path):
+    def spoil(client, round_, reply):
+        if client == 0:
+            beside = state_from(reply.content["beside"])
+            beside["gradients"][0] = math.nan
+            reply.content["beside"] = record_of(beside)
+        return reply
+
+    more = {"method": "creff", "method_options.head_epochs": 1, "method_options.match_steps": 1}
+    config = {**CONFIG, **more, "settings.clients_per_round": 4, "settings.rounds": 1}
+    result = json.loads(run(tmp_path, InProcess(config, spoil=spoil)).read_text())
+    assert result["history"][0]["left_out"] == {"0": "it sent a number that is not finite"}
+
+
+def test_a_node_that_is_no_client_is_named(caplog):
+    grid = InProcess(CONFIG, clients=5)  # the split has four
+    ask = GridClients(grid, [1] * 4, 5, 0)
+    assert ask._find([0, 3]) == {0: 100, 3: 103}
+    assert "a node says it is client 4; clients are 0 to 3" in caplog.text and 4 not in ask._client_of.values()
+
+
 def test_a_client_that_fails_says_why(tmp_path):
     def fail(client, round_, reply):
         return Message(Error(0, "out of memory"), reply_to=reply) if client == 0 else reply
