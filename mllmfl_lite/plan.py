@@ -36,7 +36,7 @@ from mllmfl_lite.memory import GIB, OVERHEAD, kept_for_backward, plan_memory
 from mllmfl_lite.models import CompactModel, build_model
 from mllmfl_lite.partition import long_tail_counts
 from mllmfl_lite.pipeline import Pipeline
-from mllmfl_lite.pretrain import CompactEncoder
+from mllmfl_lite.pretrain import CompactEncoder, PretrainSettings
 from mllmfl_lite.repro import count_cores, pick_device
 from mllmfl_lite.settings import PRECISIONS
 from mllmfl_lite.teacher import BUNDLED
@@ -214,8 +214,15 @@ def shape_of(experiment: Experiment) -> tuple[int, int, int, int]:
     return train, test, classes, pixels or experiment.image_size
 
 
-def _model(experiment: Experiment, device: str = "meta") -> CompactModel:
-    return build_model(experiment.model, shape_of(experiment)[2], experiment.width).to(device)
+@functools.lru_cache(maxsize=64)
+def weightless(model: str, width: int, classes: int) -> CompactModel:
+    """A compact model on torch's "meta" device: shapes without numbers. The same object each time."""
+    with torch.device("meta"):
+        return build_model(model, classes, width)
+
+
+def _model(experiment: Experiment) -> CompactModel:
+    return weightless(experiment.model, experiment.width, shape_of(experiment)[2])
 
 
 def _train_once(model: CompactModel, batch: int, pixels: int, precision: str) -> torch.Tensor:
@@ -228,7 +235,7 @@ def _train_once(model: CompactModel, batch: int, pixels: int, precision: str) ->
 @functools.lru_cache(maxsize=64)
 def image_flops(model: str, width: int, classes: int, pixels: int) -> tuple[float, float]:
     """Operations of a compact model on one image: to train on it, and to test it."""
-    built = build_model(model, classes, width).to("meta")
+    built = weightless(model, width, classes)
     with FlopCounterMode(display=False) as training:
         _train_once(built, 4, pixels, "float32").backward()
     with FlopCounterMode(display=False) as testing, torch.no_grad():
@@ -241,10 +248,17 @@ def _flops(experiment: Experiment) -> tuple[float, float]:
     return image_flops(experiment.model, experiment.width, classes, pixels)
 
 
-def _training_memory(experiment: Experiment, batch: int, pixels: int, precision: str) -> int:
-    model = _model(experiment)
-    kept = kept_for_backward(lambda: _train_once(model, batch, pixels, precision), model)[1]
-    return round((kept + 4 * size(model.state_dict())) * (1 + OVERHEAD))
+@functools.lru_cache(maxsize=64)
+def training_memory(model: str, width: int, classes: int, pixels: int, batch: int, precision: str) -> int:
+    """Bytes that training a compact model holds: weights four times, and what its backward pass needs."""
+    built = weightless(model, width, classes)
+    kept = kept_for_backward(lambda: _train_once(built, batch, pixels, precision), built)[1]
+    return round((kept + 4 * size(built.state_dict())) * (1 + OVERHEAD))
+
+
+def _memory(experiment: Experiment, precision: str, batch: int) -> int:
+    _, _, classes, pixels = shape_of(experiment)
+    return training_memory(experiment.model, experiment.width, classes, pixels, batch, precision)
 
 
 def _rounds(experiment: Experiment) -> list[Stage]:
@@ -263,7 +277,7 @@ def _rounds(experiment: Experiment) -> list[Stage]:
             flops=asked * settings.local_epochs * own * learn,
             steps=asked * steps,
             pictures=from_files * asked * settings.local_epochs * own,
-            memory=_training_memory(experiment, settings.batch_size, pixels, settings.precision) + held,
+            memory=_memory(experiment, settings.precision, settings.batch_size) + held,
             disk=3 * state,
         ),
         Stage(f"tests: {tested:,} images", flops=tested * look, steps=tested / 250, pictures=from_files * tested),
@@ -403,17 +417,31 @@ def _pretraining(pipeline: Pipeline) -> Stage:
     passes = 3 if settings.gradient_checkpointing else 2  # forward, and back to the picture's places
     reading = 2 * texts * mllm.weights * (mllm.patches + PROMPT + ANSWER)
     looking = 2 * texts * mllm.tower * mllm.patches
-    encoder = CompactEncoder(_model(experiment), math.isqrt(mllm.patches), mllm.config.text_config.hidden_size)
-    planned = plan_memory(mllm.config, encoder, settings, pixels, PROMPT, ANSWER, live_tower=not in_memory)
+    classes = shape_of(experiment)[2]
+    memory, trained = pretraining_memory(
+        experiment.mllm, experiment.mllm_dtype, experiment.model, experiment.width, classes, pixels, settings, in_memory
+    )
     tokens = pool_size(experiment) * mllm.patches * mllm.config.vision_config.hidden_size * 4 if in_memory else 0
     return Stage(
         f"stage 1: pretraining on {texts:,} texts",
-        flops=texts * image_flops(experiment.model, experiment.width, shape_of(experiment)[2], pixels)[0],
+        flops=texts * image_flops(experiment.model, experiment.width, classes, pixels)[0],
         matmul=passes * reading + (looking / settings.epochs if in_memory else looking),
-        memory=planned.total,
-        disk=round(5 * size(encoder.state_dict()) + tokens),
+        memory=memory,
+        disk=round(5 * trained + tokens),
         spread=True,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def pretraining_memory(
+    mllm: str, dtype: str, model: str, width: int, classes: int, pixels: int, settings: PretrainSettings, stored: bool
+) -> tuple[int, int]:
+    """Bytes that pretraining holds on its device (see `plan_memory`), and those of the trained weights."""
+    language = language_of(mllm, dtype)
+    built = weightless(model, width, classes)
+    encoder = CompactEncoder(built, math.isqrt(language.patches), language.config.text_config.hidden_size)
+    planned = plan_memory(language.config, encoder, settings, pixels, PROMPT, ANSWER, live_tower=not stored)
+    return planned.total, size(encoder.state_dict())
 
 
 def _asking(experiment: Experiment) -> Stage:
@@ -429,7 +457,7 @@ def _asking(experiment: Experiment) -> Stage:
 
 
 def _aligning(experiment: Experiment, settings: AlignSettings) -> Stage:
-    _, test, classes, pixels = shape_of(experiment)
+    _, test, classes, _ = shape_of(experiment)
     learn, look = _flops(experiment)
     times = experiment.settings.rounds if settings.when == "each round" else 1
     shown = times * settings.epochs * settings.per_class * classes
@@ -437,7 +465,7 @@ def _aligning(experiment: Experiment, settings: AlignSettings) -> Stage:
         f"stage 3: alignment on {settings.per_class * classes:,} images",
         flops=shown * learn + test * look,
         steps=shown / settings.batch_size,
-        memory=_training_memory(experiment, settings.batch_size, pixels, "float32"),
+        memory=_memory(experiment, "float32", settings.batch_size),
         disk=2 * size(_model(experiment).state_dict()),
     )
 
@@ -448,7 +476,10 @@ def _aligning(experiment: Experiment, settings: AlignSettings) -> Stage:
 def this_machine(pipeline: Pipeline, device: str = "auto") -> Machine:
     """The machine at hand, measured in a few seconds: clients' steps, a matrix product, a step on a few features."""
     where, cores, experiment = pick_device(device), count_cores(), pipeline.experiment
-    gpu, model = where.type == "cuda", _model(experiment, str(where))
+    gpu, model = (
+        where.type == "cuda",
+        build_model(experiment.model, shape_of(experiment)[2], experiment.width).to(where),
+    )
     before = torch.get_num_threads()
     if not gpu:
         torch.set_num_threads(1)

@@ -73,15 +73,15 @@ ANEW_50 = ANEW | {"stage1": "../stage1/resnet50", "pixels": 384, "pretrain_batch
 RESNET50 = {"dataset": "imagenet_lt", "model": "resnet50"}
 
 CIFAR = {f"{name}_lt_if{f}": {"dataset": name, "imbalance_factor": f}
-         for name in ("cifar10", "cifar100") for f in (10, 50, 100)}  # fmt: skip
+         for name in ("cifar10", "cifar100") for f in (100, 50, 10)}  # fmt: skip
 # for each benchmark: its parameters, what stage 1 is there, whether the book's own starts and teachers do
 BENCHMARKS = {
-    **{f"laptop/cifar10_mini_lt_if{f}": ({"imbalance_factor": f}, {}, f == 100) for f in (10, 50, 100)},
+    **{f"paper/{b}": (PAPER | REAL | v, ANEW_8, False) for b, v in CIFAR.items()},
+    "paper/imagenet_lt": (PAPER | REAL | RESNET50 | {"image_size": 224, "eval_every": 10}, ANEW_50, False),
     **{f"medium/{b}": (MEDIUM | v, {}, b == "cifar10_lt_if100") for b, v in CIFAR.items() if "100_lt" not in b},
     **{f"medium/{b}": (MEDIUM | FEWER | v, ANEW_8, False) for b, v in CIFAR.items() if "100_lt" in b},
     "medium/imagenet_lt": (MEDIUM | FEWER | RESNET50 | {"image_size": 64}, ANEW_50, False),
-    **{f"paper/{b}": (PAPER | REAL | v, ANEW_8, False) for b, v in CIFAR.items()},
-    "paper/imagenet_lt": (PAPER | REAL | RESNET50 | {"image_size": 224, "eval_every": 10}, ANEW_50, False),
+    **{f"laptop/cifar10_mini_lt_if{f}": ({"imbalance_factor": f}, {}, f == 100) for f in (100, 50, 10)},
 }
 
 

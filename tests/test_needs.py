@@ -40,7 +40,7 @@ def test_what_is_missing_is_named_with_size_terms_and_command(empty):
     assert whats(missing(PAPER)) == [
         "ImageNet", "the official lists of ImageNet-LT", "CC-595K", "LLaVA-1.5-7B", "CLIP ViT-B/32",
     ]  # fmt: skip
-    with pytest.raises(DataError, match="(?s)145 GB.*hf download llava-hf/llava-1.5-7b-hf.*MIT"):
+    with pytest.raises(DataError, match=r"(?s)145 GB.*hf download llava-hf/llava-1.5-7b-hf.*MIT"):
         require(PAPER)
     assert list(empty.iterdir()) == []
 

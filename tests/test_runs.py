@@ -253,3 +253,29 @@ def test_papermill_takes_a_file_without_us(tmp_path, tiny):
     subprocess.run([*command, "-p", "seed", "3", "--no-progress-bar"], check=True, capture_output=True)
     assert load_result(tmp_path / "out" / "tiny_seed3.json")["parameters"]["settings"]["rounds"] == 1
     assert notebook_parameters()["rounds"].default == 20
+
+
+# ------------------------------------------------------------------------------------------------ the results page
+
+
+def test_the_results_page_is_what_the_files_say_and_names_every_run():
+    """The page is of the committed files: results of one's own change it, by `make results`."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import write_results
+
+    text = write_results.PAGE.read_text()
+    assert [path for path in FILES if f"`{path.relative_to(RUNS).with_suffix('').as_posix()}`" not in text] == []
+    of_git = {path for _, _, path in committed()}
+    here = {run.result for path in FILES for run in runs.read_runs([path], write_results.SEEDS) if run.result.exists()}
+    if here == of_git:
+        assert text == write_results.page(), "run `make results`"
+
+
+def test_an_empty_row_says_what_would_fill_it():
+    page = (ROOT / "book" / "results.md").read_text()
+    row = next(line for line in page.splitlines() if "`paper/imagenet_lt/mllm_llava_fl`" in line)
+    assert "LLaVA-1.5-7B (14.1 GB)" in row and " h |" in row and "GiB" in row
+    filled = next(line for line in page.splitlines() if "`medium/cifar10_lt_if100/creff`" in line)
+    summaries = [load_result(path)["summary"]["top1"] for name, _, path in committed() if name.endswith("if100/creff")
+                 and name.startswith("medium")]  # fmt: skip
+    assert f"| {100 * sum(summaries) / len(summaries):.1f} ±" in filled and f"| {len(summaries)} |" in filled
