@@ -278,4 +278,4 @@ def test_an_empty_row_says_what_would_fill_it():
     filled = next(line for line in page.splitlines() if "`medium/cifar10_lt_if100/creff`" in line)
     summaries = [load_result(path)["summary"]["top1"] for name, _, path in committed() if name.endswith("if100/creff")
                  and name.startswith("medium")]  # fmt: skip
-    assert f"| {100 * sum(summaries) / len(summaries):.1f} ±" in filled and f"| {len(summaries)} |" in filled
+    assert f"| {100 * sum(summaries) / len(summaries):.1f}\u00a0±" in filled and f"| {len(summaries)} |" in filled
