@@ -476,10 +476,8 @@ def _aligning(experiment: Experiment, settings: AlignSettings) -> Stage:
 def this_machine(pipeline: Pipeline, device: str = "auto") -> Machine:
     """The machine at hand, measured in a few seconds: clients' steps, a matrix product, a step on a few features."""
     where, cores, experiment = pick_device(device), count_cores(), pipeline.experiment
-    gpu, model = (
-        where.type == "cuda",
-        build_model(experiment.model, shape_of(experiment)[2], experiment.width).to(where),
-    )
+    gpu, classes = where.type == "cuda", shape_of(experiment)[2]
+    model = build_model(experiment.model, classes, experiment.width).to(where)
     before = torch.get_num_threads()
     if not gpu:
         torch.set_num_threads(1)
