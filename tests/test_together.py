@@ -57,7 +57,7 @@ def clip2fl():
     return CLIP2FL(clip_logits=torch.randn(sum(SIZES), 3), text_features=words, **SMALL)
 
 
-# ------------------------------------------------------------------------------------------------ the same as one by one
+# ----------------------------------------------------------------------------------------------- the same as one by one
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_a_client_sends_beside_its_weights_has_the_same_bits():
     assert equal(state, model.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------ precision, compilation
+# ----------------------------------------------------------------------------------------------- precision, compilation
 
 
 def test_bfloat16_is_close_to_bfloat16():
