@@ -474,8 +474,8 @@ def run_federated(
             leaves out are left out of the round's mean, and stand in the round's record with the reason; a round
             without any client keeps the weights.
         together: whether a round's clients are trained side by side as one stack of models, or one by one in threads;
-            a `together.Together` says how. ``"auto"``: side by side on a GPU, for images in memory. Changes the speed
-            and the last bits only.
+            a `together.Together` says how, and its module what a method's `local_loss` must be. ``"auto"``: side by
+            side on a GPU, for images in memory. Changes the speed and the last bits only.
 
     Raises:
         ValueError: an empty client, more participants than clients, no test images, a head of the wrong size.
