@@ -16,11 +16,11 @@ FLOWER := .venv-flower
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations bench evidence clean
+.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations bench bench-gpu bench-peers evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup: $(INSTALLED)  ## make .venv and install requirements.txt into it
 
@@ -105,6 +105,9 @@ annotations: $(INSTALLED)  ## write the stand-in's annotations of the web pool a
 bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features beside computed ones, in one run each
 	@$(BIN)/python benchmarks/bench_rounds.py
 	@$(BIN)/python benchmarks/bench_pretrain.py
+
+bench-gpu: $(INSTALLED)  ## clients one by one beside all together, by precision and compiled or not; for a GPU
+	@$(BIN)/python benchmarks/bench_gpu.py
 
 evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (three hours from nothing, on two cores)
 	@$(BIN)/python -m pip install --quiet -e '.[imagenet]'

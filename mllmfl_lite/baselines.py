@@ -254,7 +254,7 @@ class CLIP2FL(CReFF):
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """Cross-entropy and the distillation of CLIP's answer."""
         logits = model(x)
-        told = self.clip_logits[rows.cpu()].to(x.device)
+        told = self.clip_logits[rows.to(self.clip_logits.device)].to(x.device)
         return cross_entropy(logits, y) + self.distill * distillation(logits, told, self.temperature)
 
     def init_memory(self, parameters: State, generator: torch.Generator) -> State:

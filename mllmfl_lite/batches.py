@@ -67,14 +67,30 @@ class Batches:
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """As `plain`, each image with its own random crop and its own coin for a horizontal flip."""
-        corners = torch.randint(2 * self.padding + 1, (2, len(indices)), generator=generator).to(indices.device)
-        flip = torch.randint(2, (len(indices), 1, 1, 1), generator=generator).to(indices.device, torch.bool)
-        crops = self._windows[indices, corners[0], corners[1]]  # (B, 3, H, W)
-        return self._normalise(torch.where(flip, crops.flip(3), crops))
+        return self.cut(indices, self.chances([len(indices)], generator).to(indices.device))
+
+    def chances(self, lengths: Iterable[int], generator: torch.Generator) -> Tensor:
+        """What `augmented` draws for batches of these lengths: each image's top, left and flip, int64 (3, sum)."""
+        drawn = [self._draw(length, generator) for length in lengths]
+        return torch.cat([torch.empty(3, 0, dtype=torch.int64), *drawn], 1)
+
+    def _draw(self, length: int, generator: torch.Generator) -> Tensor:
+        corners = torch.randint(2 * self.padding + 1, (2, length), generator=generator)
+        return torch.cat([corners, torch.randint(2, (1, length), generator=generator)])
+
+    def cut(self, indices: Tensor, chances: Tensor) -> Tensor:
+        """The images at `indices` (...) with these `chances` (3, ...), on the device: float32 (..., 3, H, W)."""
+        top, left, flip = chances.flatten(1)
+        crops = self._windows[indices.flatten(), top, left]  # (B, 3, H, W)
+        flipped = torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops)
+        return self._normalise(flipped).unflatten(0, indices.shape)
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-        """`augmented` for one run of indices after the other."""
-        return (self.augmented(part, generator) for part in parts)
+        """`augmented` for one run of indices after the other; all is drawn at once, so a GPU is waited for once."""
+        parts = list(parts)
+        lengths = [len(part) for part in parts]
+        chances = self.chances(lengths, generator).to(self.labels.device)
+        return map(self.cut, parts, chances.split(lengths, 1))
 
 
 class Normalise:

@@ -40,6 +40,7 @@ from mllmfl_lite.pictures import folder_images
 from mllmfl_lite.repro import pick_device, sha256_arrays
 from mllmfl_lite.results import RESULTS, ResultError, differences, load_result, provenance, save_result
 from mllmfl_lite.settings import PRECISIONS, check_choice, check_whole
+from mllmfl_lite.together import Together, settle
 from mllmfl_lite.transfer import with_head
 
 OWN_WEIGHTS = RESULTS / "laptop" / "pretraining"  # chapter 3's
@@ -164,6 +165,7 @@ def run_experiment(
     workers: int | None = None,
     label: str = "",
     ask: Ask | None = None,
+    together: bool | Together = False,
 ) -> dict:
     """Run it, or take it from its results file.
 
@@ -175,6 +177,7 @@ def run_experiment(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: client threads, see `run_federated`.
         ask: how clients are asked that are not threads of this process, see `run_federated`.
+        together: whether clients are trained side by side, see `run_federated`. Recorded, but no part of what a run is.
         label: the name of the run in the folder and on the progress bar; default the method's.
 
     Returns:
@@ -190,6 +193,7 @@ def run_experiment(
         return _finished(path, experiment)
     device, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
+    side_by_side = settle(together, train, ask)
     test = load_images(experiment.dataset, "test", experiment.image_size)
     model = experiment.build_model(train.num_classes, folder)
     start = sha256_arrays(t.numpy() for t in model.state_dict().values())
@@ -200,7 +204,7 @@ def run_experiment(
     rounds = run_federated(
         model, train, split, test, method, experiment.settings,
         folder=Path(folder) / "checkpoints" / experiment.rounds_key() if folder else None,
-        device=device, workers=workers, label=name, ask=ask,
+        device=device, workers=workers, label=name, ask=ask, together=side_by_side or False,
     )  # fmt: skip
     model.load_state_dict(rounds.deployed)
     _keep(model, experiment, folder, f"{name}-federated")
@@ -227,7 +231,8 @@ def run_experiment(
         }
         result["summary"] = summarise([result["aligned"]], 1)
     seconds = round(time.perf_counter() - started, 1)
-    result["provenance"] = {**provenance(device), "seconds_in_this_process": seconds}
+    trained = "asked elsewhere" if ask else "together" if side_by_side else "one by one"
+    result["provenance"] = {**provenance(device), "clients": trained, "seconds_in_this_process": seconds}
     if path:
         save_result(path, result)
     return result

@@ -34,6 +34,7 @@ from mllmfl_lite.repro import pick_device
 from mllmfl_lite.results import ResultError, differences, load_result, provenance, save_result
 from mllmfl_lite.settings import check_choice
 from mllmfl_lite.teacher import MllmTeacher, load_mllm
+from mllmfl_lite.together import Together
 
 BUNDLED_POOL = "cifar10_mini"
 BEFORE = {"pixels": 0, "mllm_dtype": "float32", "pool_images": 0}  # of files older than these parameters
@@ -74,7 +75,13 @@ class Pipeline:
         return replace(self, experiment=self.experiment.with_seed(seed))
 
 
-def run_pipeline(pipeline: Pipeline, folder: str | Path, device: str = "auto", label: str = "") -> dict:
+def run_pipeline(
+    pipeline: Pipeline,
+    folder: str | Path,
+    device: str = "auto",
+    label: str = "",
+    together: bool | Together = False,
+) -> dict:
     """Run what is not there yet, and return the result (see `run_experiment`).
 
     Args:
@@ -82,6 +89,7 @@ def run_pipeline(pipeline: Pipeline, folder: str | Path, device: str = "auto", l
         folder: where everything is kept.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         label: names the results file; default the method.
+        together: whether a round's clients are trained side by side, see `run_federated`.
 
     Raises:
         ResultError: the folder has pretrained weights or results of other settings; the differences are named.
@@ -90,7 +98,7 @@ def run_pipeline(pipeline: Pipeline, folder: str | Path, device: str = "auto", l
     if pipeline.pretrain:
         made = stage_one(pipeline, Path(folder), device)
         experiment = replace(experiment, start=f"{pipeline.stage1}/{made.name}")
-    return run_experiment(experiment, folder, device, label=label)
+    return run_experiment(experiment, folder, device, label=label, together=together)
 
 
 def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:

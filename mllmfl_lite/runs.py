@@ -307,7 +307,7 @@ def run_all(todo: Sequence[Run], device: str) -> int:
         started = time.perf_counter()
         print(f"\n[{number}/{len(todo)}] {run}", flush=True)
         try:
-            result = run_pipeline(run.pipeline, run.folder, device, run.values["label"])
+            result = run_pipeline(run.pipeline, run.folder, device, run.values["label"], run.values["together"])
             write_report(run)
         except (ValueError, RuntimeError, OSError) as error:
             failed.append(run)

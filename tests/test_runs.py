@@ -211,7 +211,7 @@ def strip(record):
 def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
     ran = []
 
-    def run(pipeline, folder, device, label):
+    def run(pipeline, folder, device, label, together):
         ran.append((label, pipeline.experiment.settings.seed))
         if label == "bad":
             raise RuntimeError("the loss is no longer finite")
