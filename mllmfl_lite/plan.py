@@ -6,8 +6,8 @@
 
 Operations are counted: torch's own counter on models without weights, or the usual two for each weight and token of a
 language model. Hours are operations over a machine's rates, or steps times the seconds that a step takes at least. The
-rates of the machine at hand are measured, in a few seconds; those of `GPUS` are reckoned, and every plan says which.
-No data set and no weights are needed.
+rates of the machine at hand are measured, in a few seconds; those of the GPUs in `MACHINES` are reckoned, and every plan
+says which. No data set and no weights are needed.
 """
 
 from __future__ import annotations
@@ -91,13 +91,15 @@ class Machine:
     measured: bool = False
 
 
-# Reckoned, not measured: 40 % of the dense bf16 peak for matrix products, 70 % of the memory's bandwidth, a twentieth
-# of the peak for a compact model, 100 kernels of 25 microseconds a training step, 16 cores that decode pictures.
-GPUS = {
+# The laptop's rates were measured, by `this_machine` on two cores of a server's processor. The others are reckoned:
+# 40 % of the dense bf16 peak for matrix products, 70 % of the memory's bandwidth, a twentieth of the peak for a compact
+# model, 100 kernels of 25 microseconds a training step, 16 cores that decode pictures.
+MACHINES = {
+    "laptop": Machine("a laptop, two cores", 67e9, 320e9, 32e9, 0.0, 1e-4, 2 * DECODED, 24 * GIB, measured=True),
     "a100": Machine("A100 80 GB, reckoned", 16e12, 125e12, 1.4e12, 2.5e-3, 5e-4, 16 * DECODED, 80 * GIB),
     "h100": Machine("H100 80 GB, reckoned", 49e12, 396e12, 2.3e12, 2.5e-3, 5e-4, 16 * DECODED, 80 * GIB),
 }
-GPUS["8xh100"] = replace(GPUS["h100"], name="8 H100 80 GB, reckoned", gpus=8)
+MACHINES["8xh100"] = replace(MACHINES["h100"], name="8 H100 80 GB, reckoned", gpus=8)
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,17 @@ class Plan:
             lines.append(f"{stage.name:52s} {spent:>10s} {stage.memory / GIB:6.2f} GiB {stage.disk / GIB:6.2f} GiB")
         lines.append(f"{'in all':52s} {in_words(3600 * self.hours):>10s} {self.memory / GIB:6.2f} GiB "
                      f"{self.disk / GIB:6.2f} GiB")  # fmt: skip
-        how = "rates measured just now" if self.machine.measured else "rates reckoned, not measured"
+        how = "rates measured" if self.machine.measured else "rates reckoned, not measured"
         return "\n".join([*lines, f"on {self.machine.name} ({how}); expect half to twice the time"])
 
 
 def in_words(seconds: float) -> str:
-    """A duration with two or three digits: ``"40 s"``, ``"12 min"``, ``"3.5 h"``, ``"120 h"``."""
-    for limit, unit, length in ((90, "s", 1), (5400, "min", 60)):
+    """A duration with two or three digits: ``"40 s"``, ``"12 min"``, ``"3.5 h"``, ``"20 d"``, ``"6.2 y"``."""
+    hour, day, year = 3600, 86_400, 31_557_600
+    for limit, unit, length in ((90, "s", 1), (1.5 * hour, "min", 60), (100 * hour, "h", hour), (2 * year, "d", day)):
         if seconds < limit:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 3600:.{1 if seconds < 36000 else 0}f} h"
+            return f"{seconds / length:.{1 if unit == 'h' and seconds < 10 * hour else 0}f} {unit}"
+    return f"{seconds / year:.{1 if seconds < 10 * year else 0}f} y"
 
 
 def make_plan(pipeline: Pipeline, machine: Machine) -> Plan:

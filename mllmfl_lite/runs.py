@@ -33,7 +33,7 @@ from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import missing
 from mllmfl_lite.pipeline import Pipeline, run_pipeline
-from mllmfl_lite.plan import GPUS, Machine, Plan, in_words, make_plan, this_machine
+from mllmfl_lite.plan import MACHINES, Machine, Plan, in_words, make_plan, this_machine
 from mllmfl_lite.pretrain import PretrainSettings
 from mllmfl_lite.results import RESULTS
 
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--plan", action="store_true", help="say what the runs need and cost, and end")
-    parser.add_argument("--on", choices=GPUS, help="with --plan: on this machine, in place of the one at hand")
+    parser.add_argument("--on", choices=MACHINES, help="with --plan: on this machine, in place of the one at hand")
     chosen = parser.parse_args(arguments)
     try:
         runs = read_runs(find_files(chosen.runs), chosen.seeds)
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not todo:
         return 0
     lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline)))
-    tell_plan(todo, GPUS.get(chosen.on) if chosen.on else None, chosen.device)
+    tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None, chosen.device)
     if lacking:
         print("\nnot here, and not fetched for you:", *(f"  {need}" for need in lacking), sep="\n", file=sys.stderr)
     if chosen.plan or lacking:

@@ -361,6 +361,24 @@ def pipeline_figure():
     save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *parts)
 
 
+def run_figure():
+    steps = [
+        ("file", SERVER, INK, ["parameters;", "wrong lines are", "named before", "it starts"]),
+        ("plan", SERVER, INK, ["hours, memory,", "disk, downloads", "and their terms"]),
+        ("run", CLIENT, INK, ["a checkpoint", "each round;", "kill it, and", "it goes on"]),
+        ("results", "#eaf5f0", SMALL, ["seed, commit,", "versions, device,", "each round"]),
+        ("page", "#eaf5f0", SMALL, ["written from the", "files; what is", "not run is an", "empty cell"]),
+    ]
+    parts = []
+    for i, (name, fill, colour, rows) in enumerate(steps):
+        x = 16 + 158 * i
+        parts += [box(x, 20, 138, 126, fill), text(x + 69, 50, name, 15.5, colour, weight="600")]
+        parts += [lines(x + 69, 78, rows, 13, INK)]
+        if i < 4:
+            parts.append(arrow(x + 140, 83, x + 156, 83))
+    save("10_paper_scale.svg", 804, 166, "From a file of parameters to a page of results", *parts)
+
+
 def recipe_figure():
     steps = [
         ("1", "encoder", ["a ViT learns from", "labels and from", "tiny-clip"], "pictures"),
@@ -402,6 +420,7 @@ def draw_all():
     alignment_figure()
     pipeline_figure()
     scarce_figure()
+    run_figure()
     recipe_figure()
     logo()
 

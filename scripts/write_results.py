@@ -12,7 +12,7 @@ from write_runs import BENCHMARKS, METHODS, methods_of
 
 from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import needs
-from mllmfl_lite.plan import GPUS, in_words, make_plan
+from mllmfl_lite.plan import MACHINES, in_words, make_plan
 from mllmfl_lite.results import load_result, mean_and_spread, reported
 from mllmfl_lite.runs import Run, find_files, read_runs
 from mllmfl_lite.teaching import percent
@@ -147,7 +147,7 @@ def _filled(words: str, run: Run, found: list[dict]) -> str:
 
 
 def _missing(words: str, run: Run) -> str:
-    plan = make_plan(run.pipeline, GPUS["h100"])
+    plan = make_plan(run.pipeline, MACHINES["h100"])
     fetch = ", ".join(f"{need.what.split(',')[0]} ({need.gigabytes:g} GB)" for need in needs(run.pipeline)) or "nothing"
     return _row(words, fetch, in_words(3600 * plan.hours), f"{plan.memory / GIB:.1f} GiB", f"`{run.name}`")
 

@@ -15,7 +15,7 @@ from mllmfl_lite.memory import GIB
 from mllmfl_lite.models import build_model
 from mllmfl_lite.pipeline import Pipeline
 from mllmfl_lite.plan import (
-    GPUS,
+    MACHINES,
     Machine,
     Stage,
     in_words,
@@ -33,7 +33,7 @@ REAL = Experiment(mllm="llava-hf/llava-1.5-7b-hf", mllm_dtype="bfloat16", pool="
 LEAN = PretrainSettings(epochs=1, batch_size=16, precision="bfloat16", gradient_checkpointing=True)
 
 
-def stages(pipeline, machine=GPUS["h100"]):
+def stages(pipeline, machine=MACHINES["h100"]):
     return {stage.name.split(":")[0]: stage for stage in make_plan(pipeline, machine).stages}
 
 
@@ -79,7 +79,7 @@ def test_the_size_of_a_language_model():
 def test_pretraining_takes_about_as_long_as_llavas_did():
     """LLaVA-1.5's own: 558,000 texts, the same model and tokens, 3.5 hours on eight A100 (Liu et al., 2023)."""
     pipeline = Pipeline(replace(REAL, pool_images=558_000), LEAN, annotations="new")
-    eight = replace(GPUS["a100"], gpus=8)
+    eight = replace(MACHINES["a100"], gpus=8)
     hours = stages(pipeline)["stage 1"].seconds(eight) / 3600
     assert 0.5 * 3.5 < hours < 2 * 3.5
 
@@ -91,17 +91,19 @@ def test_hours_follow_from_rates():
     assert Stage("x", flops=1000.0, pictures=80).seconds(machine) == 20  # nor pictures
     assert Stage("x", matmul=50.0, read=3.0, small_steps=4).seconds(machine) == 5 + 3 + 2
     assert Stage("x", matmul=50.0, spread=True).seconds(replace(machine, gpus=5)) == 1
-    assert [in_words(s) for s in (0, 45, 600, 7200, 86400)] == ["0 s", "45 s", "10 min", "2.0 h", "24 h"]
+    assert [in_words(s) for s in (0, 45, 600, 7200, 86400, 864000, 1e8)] == [
+        "0 s", "45 s", "10 min", "2.0 h", "24 h", "10 d", "3.2 y",
+    ]  # fmt: skip
 
 
 def test_a_plan_has_the_stages_that_will_be_run():
     everything = Pipeline(replace(REAL, method="clip2fl", align=AlignSettings()), LEAN, annotations="new")
-    names = [stage.name for stage in make_plan(everything, GPUS["h100"]).stages]
+    names = [stage.name for stage in make_plan(everything, MACHINES["h100"]).stages]
     assert [name.split(" ")[0] for name in names] == [
         "stage", "stage", "stage", "rounds:", "tests:", "gradients", "CLIP's", "stage",
     ]  # fmt: skip
-    assert len(make_plan(Pipeline(REAL, None), GPUS["h100"]).stages) == 2
-    text = str(make_plan(everything, GPUS["8xh100"]))
+    assert len(make_plan(Pipeline(REAL, None), MACHINES["h100"]).stages) == 2
+    text = str(make_plan(everything, MACHINES["8xh100"]))
     assert "in all" in text and "reckoned, not measured" in text
 
 

@@ -242,7 +242,7 @@ def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
 def test_what_does_not_fit_is_said(capsys):
     (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
     for memory, fits in ((40, False), (80, True)):
-        runs.tell_plan([run], replace(runs.GPUS["h100"], memory=memory * 2**30), "cpu")
+        runs.tell_plan([run], replace(runs.MACHINES["h100"], memory=memory * 2**30), "cpu")
         assert ("This will not fit: it needs 55." in capsys.readouterr().out) == (not fits)
 
 
