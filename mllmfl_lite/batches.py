@@ -29,6 +29,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def channel_statistics(size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation by which pictures of `size` pixels a side are normalised: CIFAR's up to 32, then ImageNet's.
+
+    So a server's picture from a file looks to a model as its clients' own do.
+    """
+    return (CHANNEL_MEAN, CHANNEL_STD) if size <= 32 else (IMAGENET_MEAN, IMAGENET_STD)
+
+
 class Batches:
     """One image set on one device.
 
@@ -105,7 +113,7 @@ class FileBatches:
         self.files, self.size = data.images, data.images.size
         self.labels = torch.from_numpy(np.array(data.labels)).to(device)
         self._threads = ThreadPoolExecutor(threads or count_cores(), initializer=torch.set_num_threads, initargs=(1,))
-        self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, device)
+        self._normalise = Normalise(*channel_statistics(self.size), device)
 
     def __len__(self) -> int:
         return len(self.labels)

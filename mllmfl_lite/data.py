@@ -176,6 +176,11 @@ def data_folder() -> Path:
     return folder
 
 
+def find_folder(name: str) -> Path:
+    """A folder of pictures by its path, or by its name in `data_folder`; whether it is there, its reader checks."""
+    return Path(name) if Path(name).is_dir() else data_folder() / name
+
+
 def _load_cifar(dataset: str, part: str) -> ImageSet:
     folder = data_folder()
     packed = folder / f"{dataset}.npz"

@@ -31,17 +31,19 @@ from mllmfl_lite.align import (
     evened,
 )
 from mllmfl_lite.baselines import METHODS
-from mllmfl_lite.data import ImageSet, load_images
+from mllmfl_lite.data import PARTS, ImageSet, find_folder, load_images
 from mllmfl_lite.evaluate import evaluate_model
 from mllmfl_lite.federated import Ask, FedAvg, FedSettings, run_federated, summarise
-from mllmfl_lite.models import CompactModel, build_model, load_model, save_model, with_norms_of
-from mllmfl_lite.partition import Split, balanced_subset, long_tail_subset, split_clients
+from mllmfl_lite.models import MODELS, CompactModel, build_model, load_model, save_model, with_norms_of
+from mllmfl_lite.partition import SPLITS, Split, balanced_subset, long_tail_subset, split_clients
 from mllmfl_lite.pictures import folder_images
 from mllmfl_lite.repro import pick_device, sha256_arrays
 from mllmfl_lite.results import RESULTS, ResultError, differences, load_result, provenance, save_result
+from mllmfl_lite.settings import PRECISIONS, check_choice, check_whole
 from mllmfl_lite.transfer import with_head
 
 OWN_WEIGHTS = RESULTS / "laptop" / "pretraining"  # chapter 3's
+SERVER_ONLY = ("align", "mllm", "mllm_dtype", "pool", "pool_images")  # do not reach the clients' rounds
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Experiment:
             turn it as far as they turn a random start (see `with_norms_of`).
         align: stage 3 after the last round; None leaves it out.
         mllm: the teacher that answers in stage 3, a name for `load_mllm`.
-        pool: the server's open images: a data set, whose part ``"web"`` is taken, or a folder of pictures.
+        mllm_dtype: what its weights are loaded in: ``"float32"``, or ``"bfloat16"`` for large ones.
+        pool: the server's open images: a data set, whose part ``"web"`` is taken, or a folder of pictures, given by its
+            path or by its name in ``$MLLMFL_DATA``.
+        pool_images: how many of them are used, the first ones; 0 takes all.
         image_size: pixels a side at which pictures from files are looked at (ImageNet-LT, a folder as the pool).
         clip: the CLIP of CLIP2FL, and of stage 3 where `align.teacher` is ``"clip"``; a name for `load_zero_shot`, so
             an ImageNet network can take its place.
@@ -87,9 +92,19 @@ class Experiment:
     rescale: bool = False
     align: AlignSettings | None = None
     mllm: str = "tiny_llava"
+    mllm_dtype: str = "float32"
     pool: str = "cifar10_mini"
+    pool_images: int = 0
     clip: str = "tiny_clip"
     image_size: int = 224
+
+    def __post_init__(self) -> None:
+        check_choice(self, dataset=PARTS, split=SPLITS, model=MODELS, mllm_dtype=PRECISIONS)
+        check_whole(self, "num_clients", "width", "image_size")
+        if ":" not in self.method and self.method not in METHODS:
+            raise ValueError(
+                f"no method named {self.method!r}; there are {', '.join(METHODS)}, or 'module:Class' for your own"
+            )
 
     def with_seed(self, seed: int) -> Experiment:
         """The same experiment with another seed, in every stage."""
@@ -108,18 +123,9 @@ class Experiment:
         return train, split_clients(self.split, train.labels, self.num_clients, self.alpha, seed)
 
     def build_method(self, train: ImageSet) -> FedAvg:
-        """The method object for these clients' images.
-
-        Raises:
-            ValueError: no such method.
-        """
-        if ":" in self.method:
-            return pkgutil.resolve_name(self.method).for_clients(train, self.clip, **self.method_options)
-        if self.method not in METHODS:
-            raise ValueError(
-                f"no method named {self.method!r}; there are {', '.join(METHODS)}, or 'module:Class' for your own"
-            )
-        return METHODS[self.method].for_clients(train, self.clip, **self.method_options)
+        """The method object for these clients' images."""
+        kind = pkgutil.resolve_name(self.method) if ":" in self.method else METHODS[self.method]
+        return kind.for_clients(train, self.clip, **self.method_options)
 
     def build_model(self, num_classes: int, folder: str | Path = "") -> CompactModel:
         """The model that the rounds start from; a pretrained one is given a fresh head.
@@ -143,7 +149,7 @@ class Experiment:
 
     def rounds_key(self) -> str:
         """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""
-        numbers = {k: v for k, v in asdict(self).items() if k not in ("align", "mllm", "pool")}
+        numbers = {k: v for k, v in asdict(self).items() if k not in SERVER_ONLY}
         if self.align and self.align.when == "each round":
             numbers |= asdict(self.align)
         numbers["settings"] = {k: v for k, v in numbers["settings"].items() if k not in ("rounds", "seed")}
@@ -243,9 +249,11 @@ def _server_set(experiment: Experiment, names, device, folder: str | Path) -> Se
 
 def load_pool(experiment: Experiment) -> ImageSet:
     """The server's open images: of a data set, or of a folder. Labels, if there are any, are for measuring only."""
-    if Path(experiment.pool).is_dir():
-        return folder_images(experiment.pool, experiment.image_size)
-    return load_images(experiment.pool, "web")
+    if experiment.pool in PARTS:
+        pool = load_images(experiment.pool, "web")
+    else:
+        pool = folder_images(find_folder(experiment.pool), experiment.image_size)
+    return pool.subset(np.arange(min(experiment.pool_images, len(pool)))) if experiment.pool_images else pool
 
 
 def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
@@ -259,7 +267,7 @@ def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
         return load_imagenet(device=str(device))
     if experiment.align.teacher == "clip":
         return load_zero_shot(experiment.clip, device=str(device))
-    return load_mllm(experiment.mllm, device=str(device), dtype="float32")
+    return load_mllm(experiment.mllm, device=str(device), dtype=experiment.mllm_dtype)
 
 
 def _finished(path: Path, experiment: Experiment) -> dict:

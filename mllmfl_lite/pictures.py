@@ -69,6 +69,14 @@ def array_source(data: ImageSet, prefix: str = "") -> PictureSource:
     return PictureSource(ids, [f"{name}.png" for name in ids], lambda i: Image.fromarray(data.images[place[i]]))
 
 
+def pool_source(pool: ImageSet) -> PictureSource:
+    """The pictures of a server's pool, in memory or in files; ids are numbers, or the files' names."""
+    if not isinstance(pool.images, ImageFiles):
+        return array_source(pool)
+    names = pool.images.paths.tolist()
+    return PictureSource(names, names, lambda i: pool.images.root / i)
+
+
 def folder_source(folder: str | Path) -> PictureSource:
     """The pictures in a folder and the folders inside it; ids are their paths in it.
 

@@ -24,15 +24,21 @@ from pathlib import Path
 
 import filelock
 
-from mllmfl_lite.annotate import Record, TransformersBackend, annotate, bundled_annotations
-from mllmfl_lite.data import load_images
+from mllmfl_lite.annotate import Record, TransformersBackend, annotate, bundled_annotations, filter_records
+from mllmfl_lite.captions import KINDS
+from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.experiment import Experiment, load_pool, run_experiment
+from mllmfl_lite.files import ImageFiles
 from mllmfl_lite.models import build_model, save_model
-from mllmfl_lite.pictures import PictureSource, array_source
-from mllmfl_lite.pretrain import ArrayViews, PretrainSettings, pretrain, read_texts
+from mllmfl_lite.pictures import PictureSource, pool_source
+from mllmfl_lite.pretrain import ArrayViews, PictureViews, PretrainSettings, Views, pretrain, read_texts
 from mllmfl_lite.repro import pick_device
 from mllmfl_lite.results import ResultError, differences, load_result, provenance, save_result
+from mllmfl_lite.settings import check_choice
 from mllmfl_lite.teacher import MllmTeacher, load_mllm
+
+BUNDLED_POOL = "cifar10_mini"
+BEFORE = {"pixels": 0, "mllm_dtype": "float32", "pool_images": 0}  # of files older than these parameters
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,27 @@ class Pipeline:
         experiment: stages 2 and 3; its `start` is set here, its `mllm` writes the annotations.
         pretrain: stage 1; its seed becomes the experiment's. None leaves stage 1 out.
         kind: of the annotations that stage 1 learns from.
-        annotations: ``"bundled"``, or ``"new"``: ask the MLLM.
+        annotations: ``"bundled"``, or ``"new"``: ask the MLLM, and leave out what is empty, cut off or looping.
+        pixels: the side at which the compact model looks at pictures from files in stage 1; 0: the experiment's
+            `image_size`. Its feature map must fit the MLLM's tokens: ResNet-50 at 384 has 12 x 12, LLaVA-1.5 24 x 24.
+        stage1: the folder of annotations and pretrained weights, seen from the run's. Runs of several folders that
+            differ after stage 1 only may share it: ``"../stage1"``.
     """
 
     experiment: Experiment
     pretrain: PretrainSettings | None = field(default_factory=PretrainSettings)
     kind: str = "detailed_description"
     annotations: str = "bundled"
+    pixels: int = 0
+    stage1: str = "stage1"
 
     def __post_init__(self) -> None:
-        if self.annotations not in ("bundled", "new"):
-            raise ValueError(f"annotations must be 'bundled' or 'new'; got {self.annotations!r}")
+        check_choice(self, annotations=("bundled", "new"), kind=KINDS)
+        if self.pretrain and self.annotations == "bundled" and self.experiment.pool != BUNDLED_POOL:
+            raise ValueError(
+                f"the bundled annotations are of the pool {BUNDLED_POOL!r}, not of {self.experiment.pool!r}; set "
+                "annotations to 'new', so that the MLLM is asked, or pool back"
+            )
 
     def with_seed(self, seed: int) -> Pipeline:
         """The same with another seed, in every stage."""
@@ -74,7 +90,8 @@ def run_pipeline(pipeline: Pipeline, folder: str | Path, device: str = "auto", l
     """
     experiment = pipeline.experiment
     if pipeline.pretrain:
-        experiment = replace(experiment, start=f"stage1/{stage_one(pipeline, Path(folder), device).name}")
+        made = stage_one(pipeline, Path(folder), device)
+        experiment = replace(experiment, start=f"{pipeline.stage1}/{made.name}")
     return run_experiment(experiment, folder, device, label=label)
 
 
@@ -85,15 +102,15 @@ def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
     the file is there. The stages after it run in one process.
     """
     experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
-    path = folder / "stage1" / f"seed{seed}.safetensors"
+    path = folder / pipeline.stage1 / f"seed{seed}.safetensors"
     asked = {
         "pretrain": asdict(replace(pipeline.pretrain, seed=seed)),
-        "kind": pipeline.kind, "annotations": pipeline.annotations, "mllm": experiment.mllm,
-        "model": experiment.model, "width": experiment.width, "pool": experiment.pool,
+        "kind": pipeline.kind, "annotations": pipeline.annotations, "pixels": pipeline.pixels,
+        **{name: getattr(experiment, name) for name in ("mllm", "mllm_dtype", "model", "width", "pool", "pool_images")},
     }  # fmt: skip
     if path.exists():
-        other = differences(load_result(path.with_suffix(".json"))["parameters"], asked)
-        if other:
+        there = load_result(path.with_suffix(".json"))["parameters"]
+        if other := differences({**BEFORE, **there}, asked):
             raise ResultError(f"{path} was made with other settings ({other}); set them back, or choose another folder")
         return path
     _pretrain(pipeline, folder, path, asked, device)
@@ -104,15 +121,16 @@ def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device:
     from accelerate import PartialState  # slow to import
 
     experiment, seed, started = pipeline.experiment, pipeline.experiment.settings.seed, time.perf_counter()
-    pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype="float32")
-    records = _records(pipeline, array_source(pool), mllm, path.parent / "annotations.jsonl")
-    views = ArrayViews(pool, mllm, folder / "checkpoints" / "features", pick_device(device))
+    pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype=experiment.mllm_dtype)
+    source = pool_source(pool)
+    records = _records(pipeline, source, mllm, path.parent / "annotations.jsonl")
+    views = _views(pipeline, pool, source, mllm, folder, pick_device(device))
     classes = load_images(experiment.dataset, "test").num_classes
     done = pretrain(
         build_model(experiment.model, classes, experiment.width, seed),
         mllm,
         views,
-        read_texts(records, array_source(pool).ids, mllm),
+        read_texts(records, source.ids, mllm),
         replace(pipeline.pretrain, seed=seed),
         folder=folder / "checkpoints" / f"stage1_seed{seed}",
         device=device,
@@ -133,9 +151,15 @@ def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device:
     processes.wait_for_everyone()
 
 
+def _views(pipeline: Pipeline, pool: ImageSet, source: PictureSource, mllm: MllmTeacher, folder: Path, device) -> Views:
+    if isinstance(pool.images, ImageFiles):
+        return PictureViews(source, mllm, pipeline.pixels or pipeline.experiment.image_size, device)
+    return ArrayViews(pool, mllm, folder / "checkpoints" / "features", device)
+
+
 def _records(pipeline: Pipeline, source: PictureSource, mllm: MllmTeacher, path: Path) -> list[Record]:
     if pipeline.annotations == "new":
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".turn")):  # of several processes the first asks, the others read
-            return annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records
+            return filter_records(annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records).kept
     return [record for record in bundled_annotations() if record.kind == pipeline.kind]

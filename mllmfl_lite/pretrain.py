@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from mllmfl_lite.annotate import Record, load_prompts
-from mllmfl_lite.batches import CHANNEL_MEAN, CHANNEL_STD, Batches
+from mllmfl_lite.batches import Batches, channel_statistics
 from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.models import CompactModel
@@ -344,7 +344,7 @@ class PictureViews:
 
         self.source, self.mllm, self.size, self.device = source, mllm, size, device
         self.identity = f"{len(source)} pictures, {source.ids[0]} to {source.ids[-1]}"
-        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CHANNEL_MEAN, CHANNEL_STD)]
+        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*channel_statistics(size))]
         self._whole = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *finish])
         self._finish = v2.Compose(finish)
         self._pool = ThreadPoolExecutor(threads)

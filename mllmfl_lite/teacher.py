@@ -283,7 +283,8 @@ def load_clip(
 
     Args:
         name: the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
-        pretrained: open_clip's tag of the weights, e.g. ``"openai"``; not for folders.
+        pretrained: open_clip's tag of the weights, e.g. ``"openai"``; not for folders. It may also follow the name:
+            ``"ViT-B-32-quickgelu:openai"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
         batch_size: images at a time.
 
@@ -294,10 +295,12 @@ def load_clip(
 
     name = BUNDLED.get(name, name)
     where = f"local-dir:{name}" if Path(name).is_dir() else name
+    if where == name and not pretrained:
+        where, _, pretrained = name.partition(":")
     try:
         logging.getLogger("open_clip").setLevel(logging.ERROR)
         model, _, preprocess = open_clip.create_model_and_transforms(
-            where, pretrained=pretrained, require_pretrained=True
+            where, pretrained=pretrained or None, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(where)
     except Exception as error:

@@ -2,7 +2,7 @@
 
     python scripts/measure_alignment.py                 # about half an hour on two cores
 
-All conditions of a seed start from one run of FedAvg, the one of `scripts/measure_methods.py laptop`.
+All conditions of a seed start from one run of FedAvg, `notebooks/runs/laptop/cifar10_mini_lt_if100/fedavg.yaml`.
 """
 
 import argparse
@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure_methods import ALIGN, condition
 
+from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.experiment import run_experiment
 from mllmfl_lite.repro import count_cores
 from mllmfl_lite.results import RESULTS
+from mllmfl_lite.runs import find_files, read_runs
 
 CONDITIONS = {
     "beta_0": {"beta": 0.0},
@@ -44,8 +45,9 @@ CONDITIONS = {
 def measure(seed: int, names: list[str], out: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="the pool has fewer")
+    (fedavg,) = read_runs(find_files(["laptop/cifar10_mini_lt_if100/fedavg"]), [seed])
     for name in names:
-        experiment = replace(condition("laptop", "fedavg", seed), align=replace(ALIGN, **CONDITIONS[name], seed=seed))
+        experiment = replace(fedavg.pipeline.experiment, align=AlignSettings(**CONDITIONS[name], seed=seed))
         result = run_experiment(experiment, out, device="cpu", workers=1, label=name)
         print(f"{name} seed {seed}: {100 * result['summary']['top1']:.1f} %", flush=True)
 

@@ -192,9 +192,9 @@ def test_a_picture_that_goes_bad_later_is_named(tmp_path):
 
 
 def test_test_crops_are_torchvisions(here):
-    test = load_images("imagenet_lt", "test", 28)
+    test = load_images("imagenet_lt", "test", 56)
     usual = v2.Compose([
-        v2.PILToTensor(), v2.Resize(32, antialias=True), v2.CenterCrop(28), v2.ToDtype(torch.float32, scale=True),
+        v2.PILToTensor(), v2.Resize(64, antialias=True), v2.CenterCrop(56), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ])  # fmt: skip
     found = open_batches(test).plain(torch.arange(6))

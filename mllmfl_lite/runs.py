@@ -1,0 +1,339 @@
+"""A run is a file: ``notebooks/runs/<scale>/<benchmark>/<method>.yaml``, checked as a whole before anything starts::
+
+    python -m mllmfl_lite.runs paper/cifar10_lt_if100/mllm_llava_fl --seeds 0     # one run
+    python -m mllmfl_lite.runs medium/cifar10_lt_if100 --seeds 0 1 2              # all methods of a benchmark
+    python -m mllmfl_lite.runs paper/imagenet_lt --plan                           # only say what it would take
+
+First it says what the runs need and cost; what is not here stops them. Then each run goes through its stages, with a
+progress bar, and leaves its results file in ``results/<scale>/<benchmark>`` and an executed copy of
+``notebooks/runs/run.ipynb`` beside it. What is done is skipped, what was killed goes on. The keys of a file are the
+parameters of that notebook, so papermill runs the same file without this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from mllmfl_lite.align import AlignSettings
+from mllmfl_lite.experiment import Experiment
+from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.memory import GIB
+from mllmfl_lite.needs import missing
+from mllmfl_lite.pipeline import Pipeline, run_pipeline
+from mllmfl_lite.plan import GPUS, Machine, Plan, in_words, make_plan, this_machine
+from mllmfl_lite.pretrain import PretrainSettings
+from mllmfl_lite.results import RESULTS
+
+HOME = RESULTS.parent  # of the repository: what paths in a file are seen from
+RUNS = HOME / "notebooks" / "runs"
+NOTEBOOK = RUNS / "run.ipynb"
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}
+STAGES = {"pretrain": PretrainSettings, "align": AlignSettings}  # switched by their name, set by name_...
+
+
+class RunError(ValueError):
+    """A run's file cannot be used: every wrong line of it is named, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a notebook.
+
+    Attributes:
+        kind: its type as written, ``"int"``, ``"float"``, ``"str"``, ``"bool"``, ``"list"``.
+        default: its value in the notebook.
+    """
+
+    kind: str
+    default: object
+
+
+@functools.cache
+def notebook_parameters(path: str | Path = NOTEBOOK) -> dict[str, Parameter]:
+    """The names, types and defaults in a notebook's cell that is tagged "parameters"."""
+    cells = json.loads(Path(path).read_text())["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    return {
+        line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))
+        for line in ast.parse(source).body
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ reading a file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once only."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise RunError(f"the key {twice[0]!r} stands twice; keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+def read_run(path: str | Path) -> dict:
+    """The parameters of a run: the file's, and the notebook's defaults for the others.
+
+    Raises:
+        RunError: not YAML, unknown keys, values of another type, or values that a stage refuses.
+    """
+    path = Path(path)
+    try:
+        given = yaml.load(path.read_text(), _Loader)  # a SafeLoader
+    except (OSError, yaml.YAMLError, RunError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise RunError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
+    known = notebook_parameters()
+    if wrong := [problem for key, value in given.items() if (problem := _problem(key, value, known))]:
+        raise RunError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in wrong))
+    values = {**{name: parameter.default for name, parameter in known.items()}, **given}
+    try:
+        pipeline_of(values)
+    except ValueError as error:
+        raise RunError(f"{path}:\n  - {error}") from error
+    return values
+
+
+def _problem(key: object, value: object, known: dict[str, Parameter]) -> str:
+    """What is wrong with a line, and what would be right; empty where nothing is."""
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, 1)
+        return f"{key!r} is no parameter of {NOTEBOOK.name}" + (f"; is {near[0]!r} meant?" if near else "")
+    kind = known[key].kind
+    if isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool)):
+        return ""
+    number = kind == "float" and isinstance(value, str) and _is_number(value)
+    hint = f"; YAML reads {value} as text, write {float(value):.1e}".replace("e-0", "e-") if number else ""
+    return f"{key} must be of type {kind}; got {value!r}, of type {type(value).__name__}{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def pipeline_of(values: dict) -> Pipeline:
+    """The pipeline that a run's parameters describe; names that are no parameters of the notebook are not looked at.
+
+    `pretrain` and `align` switch stages 1 and 3, whose settings are ``pretrain_lr``, ``align_beta`` and so on; the
+    others are named as in `Experiment`, `FedSettings` and `Pipeline`. `seed` is that of every stage.
+
+    Raises:
+        ValueError: a stage refuses its settings.
+    """
+    stages = {
+        stage: settings(**_of(settings, values, f"{stage}_"), seed=values["seed"]) if values[stage] else None
+        for stage, settings in STAGES.items()
+    }
+    rounds = FedSettings(**_of(FedSettings, values))
+    experiment = Experiment(**_of(Experiment, values), settings=rounds, align=stages["align"])
+    return Pipeline(experiment, stages["pretrain"], **_of(Pipeline, values))
+
+
+def _of(settings: type, values: dict, prefix: str = "") -> dict:
+    """The values that are this class's own, by name."""
+    names = {prefix + field.name for field in fields(settings)} - set(STAGES)
+    return {name.removeprefix(prefix): values[name] for name in notebook_parameters() if name in names}
+
+
+# -------------------------------------------------------------------------------------------------- what there is to do
+
+
+@dataclass(frozen=True)
+class Run:
+    """One file with one seed.
+
+    Attributes:
+        name: scale, benchmark and method, or the file's path where it is none of ours.
+        values: its parameters.
+    """
+
+    name: str
+    values: dict
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What is run."""
+        return pipeline_of(self.values)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is kept."""
+        return HOME / self.values["folder"]
+
+    @property
+    def result(self) -> Path:
+        """Its results file."""
+        return self.folder / f"{self.values['label']}_seed{self.values['seed']}.json"
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.values['seed']}"
+
+
+def find_files(names: Sequence[str]) -> list[Path]:
+    """The files that are meant: ``medium/cifar10_lt_if100/fedavg``, all below ``medium/cifar10_lt_if100``, or a path.
+
+    Raises:
+        RunError: there is none of that name.
+    """
+    found = []
+    for name in names:
+        inside, itself = RUNS / name, Path(name)
+        of_folder = sorted(inside.rglob("*.yaml")) if inside.is_dir() else []
+        one = next((p for p in (inside.with_name(inside.name + ".yaml"), itself) if p.is_file()), None)
+        if not of_folder and not one:
+            raise RunError(f"there is no run {name!r}; there are\n" + "\n".join(f"  {b}" for b in benchmarks()))
+        found += of_folder or [one]
+    return found
+
+
+def benchmarks() -> list[str]:
+    """The folders of runs that come with the book, e.g. ``"paper/imagenet_lt"``."""
+    return sorted({path.parent.relative_to(RUNS).as_posix() for path in RUNS.rglob("*.yaml")})
+
+
+def read_runs(files: Sequence[Path], seeds: Sequence[int]) -> list[Run]:
+    """Every file with every seed, the seeds one after the other; all files are read before one of them is used.
+
+    Raises:
+        RunError: names every line that is wrong, of all files.
+    """
+    values, wrong = {}, []
+    for path in files:
+        try:
+            values[path] = read_run(path)
+        except RunError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RunError("\n".join(wrong))
+    return [Run(_name(path), {**values[path], "seed": seed}) for seed in seeds for path in files]
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(RUNS).with_suffix("").as_posix() if RUNS in path.parents else str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mllmfl_lite.runs", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="scale/benchmark/method, scale/benchmark, or a file of your own")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--plan", action="store_true", help="say what the runs need and cost, and end")
+    parser.add_argument("--on", choices=GPUS, help="with --plan: on this machine, in place of the one at hand")
+    chosen = parser.parse_args(arguments)
+    try:
+        runs = read_runs(find_files(chosen.runs), chosen.seeds)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 2
+    todo = [run for run in runs if not run.result.exists()]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
+    if not todo:
+        return 0
+    lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline)))
+    tell_plan(todo, GPUS.get(chosen.on) if chosen.on else None, chosen.device)
+    if lacking:
+        print("\nnot here, and not fetched for you:", *(f"  {need}" for need in lacking), sep="\n", file=sys.stderr)
+    if chosen.plan or lacking:
+        return 0 if chosen.plan else 3
+    return run_all(todo, chosen.device)
+
+
+def tell_plan(todo: Sequence[Run], machine: Machine | None, device: str) -> None:
+    """Print what the runs cost: one run stage by stage, several a line each; shared work is counted once."""
+    here, machine = machine is None, machine or this_machine(todo[0].pipeline, device)
+    plans = [make_plan(run.pipeline, machine) for run in todo]
+    if len(todo) == 1:
+        print(f"\n{todo[0]}\n{plans[0]}")
+    else:
+        _tell_several(todo, plans, machine)
+    memory, disk = max(plan.memory for plan in plans), sum(plan.disk for plan in plans)
+    if machine.memory < memory:
+        print(
+            f"This will not fit: {memory / GIB:.1f} GiB are needed, {machine.name} has {machine.memory / GIB:.1f} GiB"
+        )
+    free = shutil.disk_usage(HOME).free
+    if here and free < disk:
+        print(f"This will not fit on the disk: {disk / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free")
+
+
+def _tell_several(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) -> None:
+    counted: set[tuple] = set()
+    spent: dict[str, list[float]] = {}
+    for run, plan in zip(todo, plans, strict=True):
+        own = 0.0
+        for stage in plan.stages:
+            where = run.folder / run.values["stage1"] if stage.name.startswith("stage 1") else run.folder
+            key = (where.resolve(), stage.name, stage.once)
+            own += 0.0 if stage.once and key in counted else stage.seconds(machine)
+            counted.add(key)
+        spent.setdefault(run.name, []).append(own)
+    memory = {run.name: plan.memory for run, plan in zip(todo, plans, strict=True)}
+    for name, seconds in spent.items():
+        print(
+            f"  {name:50s} {len(seconds)} x {in_words(sum(seconds) / len(seconds)):>8s} {memory[name] / GIB:6.2f} GiB"
+        )
+    total = sum(map(sum, spent.values()))
+    print(f"  {'in all, one after the other':54s} {in_words(total):>8s} {max(memory.values()) / GIB:6.2f} GiB")
+    print(f"on {machine.name}; what runs share is counted with the first of them")
+
+
+def run_all(todo: Sequence[Run], device: str) -> int:
+    """Run one after the other; one that fails is named, and the others go on."""
+    failed = []
+    for number, run in enumerate(todo, 1):
+        started = time.perf_counter()
+        print(f"\n[{number}/{len(todo)}] {run}", flush=True)
+        try:
+            result = run_pipeline(run.pipeline, run.folder, device, run.values["label"])
+            write_report(run)
+        except (ValueError, RuntimeError, OSError) as error:
+            failed.append(run)
+            print(f"failed: {error}", file=sys.stderr)
+            continue
+        print(f"top-1 {result['summary']['top1']:.1%}, {in_words(time.perf_counter() - started)}: {run.result}")
+    if failed:
+        print("\nfailed, and can be started again:", *(f"  {run}" for run in failed), sep="\n", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_report(run: Run) -> Path:
+    """Have papermill execute the notebook on the run's results, into ``reports/`` beside them.
+
+    Raises:
+        RuntimeError: it failed; what it said is in the message.
+    """
+    path = run.folder / "reports" / f"{run.result.stem}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
+    command += [str(NOTEBOOK), str(path), "-y", yaml.safe_dump(run.values)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the results are there, but their report failed: {done.stderr.strip()[-2000:]}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

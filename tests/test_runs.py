@@ -1,0 +1,281 @@
+"""Runs from files: every file of the book, wrong lines, missing weights, kill and resume, the sweep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mllmfl_lite import runs
+from mllmfl_lite.experiment import Experiment
+from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.models import load_model
+from mllmfl_lite.results import differences, load_result
+from mllmfl_lite.runs import NOTEBOOK, RUNS, RunError, find_files, main, notebook_parameters, pipeline_of, read_run
+
+FILES = sorted(RUNS.rglob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+PYTHON = {"str": str, "int": int, "float": (int, float), "bool": bool}
+TINY = {
+    "rounds": 4, "report_rounds": 1, "width": 4, "batch_size": 64, "local_epochs": 1, "num_clients": 4,
+    "clients_per_round": 2, "align": True, "align_teacher": "clip", "align_epochs": 1, "align_per_class": 5,
+}  # fmt: skip
+
+
+def write(path, **values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write(tmp_path / "tiny.yaml", label="tiny", folder=str(tmp_path / "out"), **TINY)
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def test_there_is_a_file_for_every_scale_benchmark_and_method():
+    names = {path.relative_to(RUNS).as_posix() for path in FILES}
+    paper = [f"{d}_lt_if{f}" for d in ("cifar10", "cifar100") for f in (10, 50, 100)] + ["imagenet_lt"]
+    wanted = {"paper": paper, "medium": paper, "laptop": [f"cifar10_mini_lt_if{f}" for f in (10, 50, 100)]}
+    methods = ("fedavg", "fedavgm", "fedprox", "creff", "clip2fl", "mllm_llava_fl", "stage1", "stage3", "stage3_ce",
+               "server_only", "creff_stage3", "clip2fl_stage3", "mllm_llava_fl_ce")  # fmt: skip
+    lacking = {f"{s}/{b}/{m}.yaml" for s, found in wanted.items() for b in found for m in methods} - names
+    assert not lacking
+
+
+@pytest.mark.parametrize("benchmark", runs.benchmarks())
+def test_every_key_is_a_parameter_of_the_notebook_with_its_type(benchmark):
+    """Looked up in the notebook itself, not by the code that reads runs."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    typed = {
+        line.split(":")[0]: line.split(":")[1].split("=")[0].strip() for line in source.splitlines() if "=" in line
+    }
+    for path in (RUNS / benchmark).glob("*.yaml"):
+        given = yaml.safe_load(path.read_text())
+        assert all(isinstance(value, PYTHON[typed[key]]) for key, value in given.items()), path
+        assert given["folder"] == f"results/{benchmark}" and given["label"] == path.stem
+        read_run(path)
+
+
+def test_the_files_are_what_the_script_writes(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import write_runs
+
+    write_runs.write_all(tmp_path)
+    written = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*.yaml")}
+    assert written == {p.relative_to(RUNS): p.read_text() for p in FILES}
+
+
+def test_the_papers_protocol_is_the_packages_default():
+    """`Experiment` and `FedSettings` have the benchmark's numbers as defaults; the files say the same."""
+    fedavg = pipeline_of(read_run(RUNS / "paper/cifar10_lt_if100/fedavg.yaml")).experiment
+    assert fedavg.settings == FedSettings()
+    own = asdict(Experiment())
+    there = {k: v for k, v in asdict(fedavg).items() if k not in ("mllm", "mllm_dtype", "clip", "pool", "image_size")}
+    assert there == {k: own[k] for k in there}
+
+
+def committed():
+    """Results files that git knows and that a run's file would have made."""
+    listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=False)
+    paths = [ROOT / line for line in listed.stdout.splitlines() if line.endswith(".json")]
+    of_runs = {path.relative_to(RUNS).with_suffix("").as_posix() for path in FILES}
+    for path in paths:
+        name, _, seed = path.relative_to(ROOT / "results").with_suffix("").as_posix().rpartition("_seed")
+        if name in of_runs:
+            yield name, int(seed), path
+
+
+def test_committed_results_have_the_parameters_of_their_file():
+    there = list(committed())
+    assert len(there) >= 100
+    for name, seed, path in there:
+        (run,) = runs.read_runs(find_files([name]), [seed])
+        found = load_result(path)["parameters"]
+        expected = json.loads(json.dumps(asdict(run.pipeline.experiment)))
+        for of, default in ((found, Experiment()), (found["settings"], FedSettings())):
+            of.update({k: v for k, v in json.loads(json.dumps(asdict(default))).items() if k not in of})
+        if found["align"]:
+            found["align"] = {**expected["align"], **found["align"]}
+        assert differences(found, expected) == "", path
+
+
+# ----------------------------------------------------------------------------------------------------- wrong files
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("ruonds: 20", "'ruonds' is no parameter of run.ipynb; is 'rounds' meant?"),
+        ("rounds: 2.5", "rounds must be of type int; got 2.5, of type float"),
+        ("rounds: true", "rounds must be of type int; got True, of type bool"),
+        ("lr: 1e-4", "lr must be of type float; got '1e-4', of type str; YAML reads 1e-4 as text, write 1.0e-4"),
+        ("width: '16'", "width must be of type int; got '16', of type str"),
+        ("align: 1", "align must be of type bool; got 1, of type int"),
+        ("dataset: 10", "dataset must be of type str; got 10, of type int"),
+        ("rounds: 5\nrounds: 6", "the key 'rounds' stands twice"),
+        ("- rounds", "must hold lines of the form `name: value`; it holds a list"),
+        ("rounds: [", "cannot be read"),
+        ("", "it holds a NoneType"),
+        ("rounds: 0", "rounds must be a whole number of at least 1; got 0"),
+        ("dataset: cifar11", "dataset must be one of cifar10_mini, cifar10, cifar100, imagenet_lt; got 'cifar11'"),
+        ("method: fedevg", "no method named 'fedevg'; there are fedavg"),
+        ("align: true\nalign_beta: -1.0", "beta must be at least 0"),
+        ("pretrain: true\npool: my_pictures", "set annotations to 'new'"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_rule_the_value_and_the_fix(tmp_path, line, says):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(line + "\n")
+    with pytest.raises(RunError) as refused:
+        read_run(path)
+    assert says in str(refused.value) and "wrong.yaml" in str(refused.value)
+
+
+def test_all_wrong_lines_of_all_files_are_named_and_nothing_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "run_pipeline", None)
+    write(tmp_path / "a.yaml", ruonds=3, width=2.5)
+    write(tmp_path / "b.yaml", lr="fast")
+    assert main([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "ruonds" in said and "width" in said and "lr must be" in said
+    assert main(["paper/cifar11"]) == 2
+    assert "there is no run 'paper/cifar11'; there are" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+def test_without_its_weights_a_paper_run_stops_in_seconds_and_says_what_to_fetch(tmp_path):
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "mllmfl_lite.runs", "paper/cifar10_lt_if100/mllm_llava_fl", "--seeds", "7"]
+    empty = {"MLLMFL_DATA": str(tmp_path), "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and time.perf_counter() - started < 60, done.stderr
+    for word in (
+        "CIFAR-10 (0.17 GB",
+        "CC-595K",
+        "LLaVA-1.5-7B (14.1 GB; Llama 2",
+        "hf download llava-hf/llava-1.5-7b-hf",
+    ):
+        assert word in done.stderr
+    for word in ("stage 1: the MLLM describes 595,375 pictures", "rounds: 200 x 8 clients x 10 epochs", "in all"):
+        assert word in done.stdout
+    assert not (ROOT / "results/paper/cifar10_lt_if100/mllm_llava_fl_seed7.json").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_killed_twice_it_ends_as_if_it_had_not_been(tmp_path, tiny):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mllmfl_lite.runs", str(tiny), "--device", "cpu"]
+    for rounds in (1, 2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and steps(out) < rounds:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert 0 < steps(out) <= 4 and not (out / "tiny_seed0.json").exists()
+    assert main([str(tiny), "--device", "cpu"]) == 0
+    killed = load_result(out / "tiny_seed0.json")
+    quiet = runs.run_pipeline(pipeline_of(read_run(tiny)), tmp_path / "quiet", "cpu", "tiny")
+    assert [strip(record) for record in killed["history"]] == [strip(record) for record in quiet["history"]]
+    assert killed["summary"] == quiet["summary"] and killed["aligned"] == quiet["aligned"]
+    for stage in ("federated", "aligned"):
+        both = [load_model(f / "models" / f"tiny_seed0-{stage}.safetensors") for f in (out, tmp_path / "quiet")]
+        assert all(map(torch.equal, *(model.state_dict().values() for model in both)))
+    report = json.loads((out / "reports" / "tiny_seed0.ipynb").read_text())
+    assert not any(o["output_type"] == "error" for c in report["cells"] for o in c.get("outputs", ()))
+    assert any("image/png" in o.get("data", {}) for c in report["cells"] for o in c.get("outputs", ()))
+
+
+def steps(out):
+    (found,) = [json.loads(p.read_text())["step"] for p in out.glob("checkpoints/*/run.json")] or [0]
+    return found
+
+
+def strip(record):
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
+    ran = []
+
+    def run(pipeline, folder, device, label):
+        ran.append((label, pipeline.experiment.settings.seed))
+        if label == "bad":
+            raise RuntimeError("the loss is no longer finite")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{label}_seed{pipeline.experiment.settings.seed}.json").write_text("{}")
+        return {"summary": {"top1": 0.5}}
+
+    monkeypatch.setattr(runs, "run_pipeline", run)
+    monkeypatch.setattr(runs, "write_report", lambda run: None)
+    files = [str(write(tmp_path / f"{m}.yaml", label=m, folder=str(tmp_path / "o"), **TINY)) for m in ("bad", "good")]
+    assert main([*files, "--seeds", "0", "1"]) == 1
+    assert ran == [("bad", 0), ("good", 0), ("bad", 1), ("good", 1)]
+    said = capsys.readouterr()
+    assert "4 runs, 0 of them done" in said.out and "failed: the loss is no longer finite" in said.err
+    assert main([*files, "--seeds", "0", "1"]) == 1
+    assert ran[4:] == [("bad", 0), ("bad", 1)] and "4 runs, 2 of them done" in capsys.readouterr().out
+
+
+def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "run_pipeline", None)
+    assert main([str(tiny), "--plan", "--on", "h100"]) == 0
+    assert "on H100 80 GB, reckoned (rates reckoned, not measured)" in capsys.readouterr().out
+    assert main(["laptop/cifar10_mini_lt_if100", "--seeds", "9", "--plan", "--on", "8xh100"]) == 0
+    assert "in all, one after the other" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_said(capsys):
+    (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
+    for memory, fits in ((40, False), (80, True)):
+        runs.tell_plan([run], replace(runs.GPUS["h100"], memory=memory * 2**30), "cpu")
+        assert ("This will not fit: it needs 55." in capsys.readouterr().out) == (not fits)
+
+
+def test_papermill_takes_a_file_without_us(tmp_path, tiny):
+    values = {**yaml.safe_load(tiny.read_text()), "align": False, "rounds": 1}
+    path, out = write(tmp_path / "own.yaml", **values), tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", "--kernel", "python3", str(NOTEBOOK), str(out), "-f", str(path)]
+    subprocess.run([*command, "-p", "seed", "3", "--no-progress-bar"], check=True, capture_output=True)
+    assert load_result(tmp_path / "out" / "tiny_seed3.json")["parameters"]["settings"]["rounds"] == 1
+    assert notebook_parameters()["rounds"].default == 20
+
+
+# ------------------------------------------------------------------------------------------------ the results page
+
+
+def test_the_results_page_is_what_the_files_say_and_names_every_run():
+    """The page is of the committed files: results of one's own change it, by `make results`."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import write_results
+
+    text = write_results.PAGE.read_text()
+    assert [path for path in FILES if f"`{path.relative_to(RUNS).with_suffix('').as_posix()}`" not in text] == []
+    of_git = {path for _, _, path in committed()}
+    here = {run.result for path in FILES for run in runs.read_runs([path], write_results.SEEDS) if run.result.exists()}
+    if here == of_git:
+        assert text == write_results.page(), "run `make results`"
+
+
+def test_an_empty_row_says_what_would_fill_it():
+    page = (ROOT / "book" / "results.md").read_text()
+    row = next(line for line in page.splitlines() if "`paper/imagenet_lt/mllm_llava_fl`" in line)
+    assert "LLaVA-1.5-7B (14.1 GB)" in row and " h |" in row and "GiB" in row
+    filled = next(line for line in page.splitlines() if "`medium/cifar10_lt_if100/creff`" in line)
+    summaries = [load_result(path)["summary"]["top1"] for name, _, path in committed() if name.endswith("if100/creff")
+                 and name.startswith("medium")]  # fmt: skip
+    assert f"| {100 * sum(summaries) / len(summaries):.1f}\u00a0±" in filled and f"| {len(summaries)} |" in filled
