@@ -70,11 +70,12 @@ notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed 
 	@$(BIN)/pytest -p no:cacheprovider notebooks
 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
-	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider tests/test_flower_*.py
+	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider -n logical --dist worksteal \
+	  tests/test_flower_*.py
 
 # Flower asks for older versions of several packages: it and what it needs come first, the rest is looked up in .venv.
 $(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
-	@echo "installing flwr into $(FLOWER)"
+	@echo "installing flwr and ray into $(FLOWER)"
 	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)
 	@touch $@
 

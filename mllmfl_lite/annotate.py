@@ -643,7 +643,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", default=str(PROMPTS), help="folder with a text file for each kind")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as saved)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions at once")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions (requests) at once")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--min-similarity", type=float, help="drop texts whose CLIP cosine is smaller")
     chosen = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from mllmfl_lite.federated import ClientResult, FedSettings, State, client_step
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
+    from flwr.common.constant import ErrorCode
     from flwr.serverapp import Grid, ServerApp
 except ImportError as error:
     raise ImportError(f"the Flower app needs flwr ({error}); `make flower` sets up an environment with it") from error
@@ -35,8 +36,11 @@ log = logging.getLogger(__name__)
 
 NODE = "partition-id"  # which client a node is: flower-supernode --node-config 'partition-id=3'
 # Keys of a run's config that are not the experiment's: where the server keeps the run, where it tests, how many seconds
-# a client has for its round, how many the server waits for clients that are not connected.
-RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600, "wait": 60}
+# a client has for its round, how many the server waits for clients that are not connected, or no longer, and whether
+# the keys of stage 3 mean anything.
+RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600, "wait": 60, "stage3": True}
+LOOK = 0.5  # seconds between two looks at what nodes have sent
+SAY = 60  # seconds that a node has to say which client it is
 
 
 # ---------------------------------------------------------------------------------------------------- the experiment
@@ -47,24 +51,36 @@ def read_experiment(config: dict) -> Experiment:
 
     Args:
         config: flat keys and values: those of `Experiment`, ``settings.rounds`` and the like for `FedSettings`,
-            ``align.per_class`` and the like for stage 3 (which is left out where there is none of them); beside them
-            those of `RUN_KEYS`. The seed is ``settings.seed``, in every stage.
+            ``align.per_class`` and the like for stage 3 (which is left out where there is none of them, or ``stage3``
+            is false); beside them those of `RUN_KEYS`. The seed is ``settings.seed``, in every stage. The method's own
+            numbers may also stand in one key, ``method_options``, as a JSON object.
 
     Raises:
         ValueError: an unknown key, or a value of another type.
     """
-    top, inner = {}, {"settings": {}, "align": {}, "method_options": {}}
+    top, inner = {}, {"settings": {}, "align": {}, "method_options": _options(config.get("method_options"))}
     for key, value in config.items():
         group, _, name = key.partition(".")
         if name and group in inner:
             inner[group][name] = value
-        elif key not in RUN_KEYS:
+        elif key not in {*RUN_KEYS, "method_options"}:
             top[key] = value
     settings = _filled(FedSettings(), inner["settings"], "settings.")
-    align = _filled(AlignSettings(), inner["align"], "align.") if inner["align"] else None
+    wanted = inner["align"] and config.get("stage3", RUN_KEYS["stage3"])
+    align = _filled(AlignSettings(), inner["align"], "align.") if wanted else None
     experiment = _filled(Experiment(), top, "", without=tuple(inner))
     experiment = replace(experiment, settings=settings, align=align, method_options=inner["method_options"])
     return experiment.with_seed(settings.seed)
+
+
+def _options(text: str | None) -> dict:
+    try:
+        options = json.loads(text or "{}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method_options must be a JSON object, such as '{{\"mu\": 0.1}}' ({error})") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"method_options must be a JSON object, such as '{{\"mu\": 0.1}}'; it is {text!r}")
+    return options
 
 
 def _filled(defaults, values: dict, prefix: str, without: tuple[str, ...] = ()):
@@ -163,73 +179,103 @@ class BadReply(ValueError):
 class GridClients:
     """Asks clients through Flower, for `run_federated`'s `ask`. Whose answer is not sound is left out, and named.
 
+    Who is gone after having been asked, and comes back while the round is on, is asked again.
+
     Args:
         grid: Flower's way to the nodes.
         sizes: each client's number of images, as the split says.
         timeout: seconds that a client has for its round.
-        wait: seconds to wait for clients that are not connected.
+        wait: seconds to wait for clients that are not connected, or no longer.
     """
 
     def __init__(self, grid: Grid, sizes: list[int], timeout: float, wait: float):
         self.grid, self.sizes, self.timeout, self.wait = grid, sizes, timeout, wait
         self._client_of: dict[int, int | None] = {}  # of each node that has said which it is
+        self._asked_who: dict[str, int] = {}  # the others: message to node
 
     def __call__(
         self, state: State, received: State, round_: int, chosen: list[int]
     ) -> tuple[dict[int, ClientResult], dict[int, str]]:
         """Results by client, and for each other client of `chosen` the reason why it is left out."""
-        nodes = self._find(chosen)
         content = {
             "state": record_of(state),
             "received": record_of(received),
             "round": ConfigRecord({"round": round_}),
         }
-        sent = [self._message(RecordDict(dict(content)), node, "train") for node in nodes.values()]
-        replies = {reply.metadata.src_node_id: reply for reply in self._send(sent, self.timeout)}
+        replies, asked = self._replies(chosen, content)
         results, left_out = {}, {}
         for client_ in chosen:
             try:
-                results[client_] = self._read(client_, nodes, replies, state)
+                results[client_] = self._read(client_, asked, replies, state)
             except BadReply as reason:
                 left_out[client_] = str(reason)
                 log.warning("round %d: client %d is left out: %s", round_, client_, reason)
         return results, left_out
 
+    def _replies(self, chosen: list[int], content: dict) -> tuple[dict[int, Message], dict[int, int]]:
+        """Replies by client, and the node that each client was asked at; gone ones are not among them."""
+        started = time.monotonic()
+        until = dict.fromkeys(chosen, started + self.wait)  # when those without a reply are given up
+        replies, asked, sent = {}, {}, {}  # client to reply, client to node, message to client
+        self._client_of = {node: of for node, of in self._client_of.items() if of is not None}  # try them again
+        while until:
+            now, found = time.monotonic(), self._connected()
+            back = {c: found[c] for c in until if c in found and found[c] != asked.get(c)}
+            sent = {message: c for message, c in sent.items() if c not in back}
+            new = self._push({c: self._message(RecordDict(dict(content)), back[c], "train") for c in back})
+            sent |= new
+            asked |= {c: back[c] for c in new.values()}
+            until |= dict.fromkeys(new.values(), min(now, started + self.wait) + self.timeout)
+            for client_, reply in self._pull(sent):
+                if is_gone(reply):
+                    del asked[client_]
+                    until[client_] = now + self.wait
+                else:
+                    replies[client_] = reply
+                    del until[client_]
+            hope = self._asked_who and now < started + SAY
+            until = {c: end for c, end in until.items() if now < end or (hope and c not in asked)}
+            time.sleep(LOOK if until else 0)
+        return replies, asked
+
+    def _connected(self) -> dict[int, int]:
+        """The node of each client that is connected; of two that say they are the same, the one met last."""
+        there = set(self.grid.get_node_ids())
+        self._client_of = {node: of for node, of in self._client_of.items() if node in there}
+        self._asked_who = {message: node for message, node in self._asked_who.items() if node in there}
+        new = there - set(self._client_of) - set(self._asked_who.values())
+        self._asked_who |= self._push({node: self._message(RecordDict(), node, "query") for node in sorted(new)})
+        for node, reply in self._pull(self._asked_who):
+            if not is_gone(reply):
+                self._client_of[node] = None if reply.has_error() else self._known(reply.content["who"]["client"])
+        return {of: node for node, of in self._client_of.items() if of is not None}
+
+    def _known(self, number: int) -> int | None:
+        if isinstance(number, int) and 0 <= number < len(self.sizes):
+            return number
+        log.warning("a node says it is client %r; clients are 0 to %d", number, len(self.sizes) - 1)
+        return None
+
     def _message(self, content: RecordDict, node: int, kind: str) -> Message:
-        return Message(content, dst_node_id=node, message_type=kind, ttl=float(self.timeout))
+        lives = float(self.timeout + SAY)  # longer than it is listened for: then it is late, not gone
+        return Message(content, dst_node_id=node, message_type=kind, ttl=lives)
 
-    def _send(self, messages: list[Message], timeout: float) -> list[Message]:
-        return list(self.grid.send_and_receive(messages, timeout=timeout)) if messages else []
+    def _push(self, messages: dict[int, Message]) -> dict[str, int]:
+        """Send, and give for each message that went out its id and its key."""
+        out = set(self.grid.push_messages(list(messages.values()))) if messages else set()
+        return {m.metadata.message_id: key for key, m in messages.items() if m.metadata.message_id in out}
 
-    def _find(self, chosen: list[int]) -> dict[int, int]:
-        """The node of each chosen client that is connected; of two that say they are the same, the one met last."""
-        give_up = time.monotonic() + self.wait
-        while True:
-            connected = set(self.grid.get_node_ids())
-            self._client_of = {node: of for node, of in self._client_of.items() if node in connected}
-            self._ask_who(sorted(connected - set(self._client_of)))
-            nodes = {of: node for node, of in self._client_of.items() if of is not None}
-            if set(chosen) <= set(nodes) or time.monotonic() > give_up:
-                return {of: nodes[of] for of in chosen if of in nodes}
-            time.sleep(0.5)
+    def _pull(self, sent: dict[str, int]) -> list[tuple[int, Message]]:
+        """The replies that have come, each with its key; they are taken out of `sent`."""
+        replies = self.grid.pull_messages(list(sent)) if sent else []
+        return [(sent.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
 
-    def _ask_who(self, nodes: list[int]) -> None:
-        asked = [self._message(RecordDict(), node, "query") for node in nodes]
-        for reply in self._send(asked, min(self.timeout, 60)):
-            if reply.has_error():
-                continue  # it may answer the next time
-            number = reply.content["who"]["client"]
-            known = isinstance(number, int) and 0 <= number < len(self.sizes)
-            if not known:
-                log.warning("a node says it is client %r; clients are 0 to %d", number, len(self.sizes) - 1)
-            self._client_of[reply.metadata.src_node_id] = number if known else None
-
-    def _read(self, client_: int, nodes: dict[int, int], replies: dict[int, Message], state: State) -> ClientResult:
-        if client_ not in nodes:
+    def _read(self, client_: int, asked: dict[int, int], replies: dict[int, Message], state: State) -> ClientResult:
+        if client_ not in asked:
             raise BadReply(f"no node with {NODE}={client_} is connected")
-        if nodes[client_] not in replies:
+        if client_ not in replies:
             raise BadReply(f"no answer within {self.timeout} seconds")
-        reply = replies[nodes[client_]]
+        reply = replies[client_]
         if reply.has_error():
             raise BadReply(f"its part failed: {reply.error.reason}")
         try:
@@ -239,6 +285,11 @@ class GridClients:
             raise BadReply(f"its answer cannot be read ({type(error).__name__}: {error})") from error
         check_reply(there, beside, loss, images, state, self.sizes[client_])
         return ClientResult(there, beside, loss)
+
+
+def is_gone(reply: Message) -> bool:
+    """Whether the SuperLink says that there will be no answer: the node is gone, or the message with it."""
+    return reply.has_error() and reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
 
 
 def check_reply(there: State, beside: State, loss: float, images: int, state: State, expected: int) -> None:

@@ -22,6 +22,8 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import filelock
+
 from mllmfl_lite.annotate import Record, TransformersBackend, annotate, bundled_annotations, filter_records
 from mllmfl_lite.captions import KINDS
 from mllmfl_lite.data import ImageSet, load_images
@@ -102,7 +104,11 @@ def run_pipeline(
 
 
 def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
-    """Annotate and pretrain, or find it done: the file with the compact model's weights."""
+    """Annotate and pretrain, or find it done: the file with the compact model's weights.
+
+    May be called by all processes of ``accelerate launch`` or ``torchrun``: one annotates, one writes, all return when
+    the file is there. The stages after it run in one process.
+    """
     experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
     path = folder / pipeline.stage1 / f"seed{seed}.safetensors"
     asked = {
@@ -120,6 +126,8 @@ def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
 
 
 def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device: str) -> None:
+    from accelerate import PartialState  # slow to import
+
     experiment, seed, started = pipeline.experiment, pipeline.experiment.settings.seed, time.perf_counter()
     pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype=experiment.mllm_dtype)
     source = pool_source(pool)
@@ -135,16 +143,20 @@ def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device:
         folder=folder / "checkpoints" / f"stage1_seed{seed}",
         device=device,
     )
+    processes = PartialState()  # those that have shared the batches; by itself this one is the main one
     seconds = round(time.perf_counter() - started, 1)
+    spent = {"processes": processes.num_processes, "seconds_in_this_process": seconds}
     result = {
         "label": "stage1",
         "parameters": asked,
         "data": {"images": len(pool), "pool_sha256": pool.checksum(), "texts": len(records), "mllm": mllm.identity},
-        "provenance": {**provenance(pick_device(device)), "seconds_in_this_process": seconds},
+        "provenance": {**provenance(pick_device(device)), **spent},
         "history": done.history[:: max(1, len(done.history) // 200)],
     }
-    save_result(path.with_suffix(".json"), result)
-    save_model(path, done.model.cpu(), experiment.model, experiment.width)  # last: where it is, all is there
+    if processes.is_main_process:
+        save_result(path.with_suffix(".json"), result)
+        save_model(path, done.model.cpu(), experiment.model, experiment.width)  # last: where it is, all is there
+    processes.wait_for_everyone()
 
 
 def _views(pipeline: Pipeline, pool: ImageSet, source: PictureSource, mllm: MllmTeacher, folder: Path, device) -> Views:
@@ -155,5 +167,7 @@ def _views(pipeline: Pipeline, pool: ImageSet, source: PictureSource, mllm: Mllm
 
 def _records(pipeline: Pipeline, source: PictureSource, mllm: MllmTeacher, path: Path) -> list[Record]:
     if pipeline.annotations == "new":
-        return filter_records(annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records).kept
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".turn")):  # of several processes the first asks, the others read
+            return filter_records(annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records).kept
     return [record for record in bundled_annotations() if record.kind == pipeline.kind]

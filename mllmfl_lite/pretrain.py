@@ -563,7 +563,10 @@ def pretrain(
 ) -> Pretrained:
     """Dynamic Weighted Pretraining from the weights of `model`, which is not changed.
 
-    Under ``accelerate launch`` every process takes its own share of each batch.
+    Under ``accelerate launch`` or ``torchrun`` every process takes its own share of each batch, and all must call this
+    with the same arguments and ``device="auto"`` (each its own GPU) or ``"cpu"``. The first one writes the checkpoints;
+    files that the caller writes are the caller's own care (see `pipeline.stage_one`). A run goes on with as many
+    processes as it was begun with.
 
     Args:
         model: the compact model.
@@ -617,8 +620,10 @@ class _Run:
         digest = hashlib.sha256(repr((self.texts.image.tolist(), self.texts.kind.tolist())).encode())
         digest.update(repr((self.texts.questions, self.texts.answers)).encode())
         numbers = {k: v for k, v in asdict(self.settings).items() if k not in ("checkpoint_every", "compile")}
+        processes = self.accelerator.num_processes  # each adds its own share to a batch
         return {
             **numbers,
+            **({"processes": processes} if processes > 1 else {}),
             "mllm": self.mllm.identity,
             "images": self.views.identity,
             "texts": digest.hexdigest(),

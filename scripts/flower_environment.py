@@ -1,4 +1,4 @@
-"""Make an environment with Flower in which everything else is found in this one.
+"""Make an environment with Flower and Ray (its simulation) in which everything else is found in this one.
 
     .venv/bin/python scripts/flower_environment.py .venv-flower
 
@@ -14,7 +14,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-FLOWER = "flwr>=1.42,<2"
+FLOWER = "flwr[simulation]>=1.42,<2"
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from mllmfl_lite.annotate import AnnotationError, EndpointBackend, TransformersBackend, annotate, load_prompts
+from mllmfl_lite.annotate import (
+    AnnotationError,
+    EndpointBackend,
+    TransformersBackend,
+    annotate,
+    load_prompts,
+    main,
+    read_records,
+)
 from mllmfl_lite.data import load_images
 from mllmfl_lite.pictures import array_source
 from mllmfl_lite.teacher import TINY_LLAVA, load_mllm
@@ -65,6 +73,8 @@ class Troubled(BaseHTTPRequestHandler):
             fault = self.server.faults.pop(0) if self.server.faults else None
             self.server.met.append(fault)
             self.server.times.append(time.monotonic())
+        if fault == "meet":  # until all the others are here, too
+            self.server.together.wait(60)
         if fault == "hang":
             self.server.release.wait(20)
             self.close_connection = True
@@ -150,6 +160,18 @@ def test_a_hang_ends_at_the_time_limit_and_is_asked_again(trouble, pictures):
     start = time.monotonic()
     (answer,) = asker.answer([pictures.open(pictures.ids[0])], ["Describe the picture."])
     assert answer.text and 1.5 < time.monotonic() - start < 15 and trouble.met == ["hang", None]
+
+
+def test_the_command_has_as_many_questions_under_way_as_it_is_told(trouble, pictures, tmp_path):
+    """Four requests, of which the server answers none before it has all four."""
+    for i in pictures.ids[:4]:
+        pictures.open(i).save(tmp_path / f"{i}.png")
+    trouble.faults, trouble.together = ["meet"] * 4, threading.Barrier(4)
+    where = ["--endpoint", f"http://127.0.0.1:{trouble.server_port}/v1", "--mllm", TINY_LLAVA, "--batch-size", "4"]
+    what = ["--kinds", "conversation", "--max-new-tokens", "8", "--out", str(tmp_path / "a")]
+    assert main([str(tmp_path), *where, *what]) == 0
+    assert trouble.met == ["meet"] * 4 and not trouble.together.broken
+    assert len(read_records(tmp_path / "a.jsonl")) == 4
 
 
 def test_retry_after_is_honoured(trouble, pictures):

@@ -3,8 +3,10 @@
 import json
 import math
 import re
-from dataclasses import asdict
+import threading
+from dataclasses import asdict, fields
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import tomllib
@@ -13,6 +15,8 @@ import torch
 pytest.importorskip("flwr")
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.common.config import flatten_dict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from mllmfl_lite import flower_app
@@ -32,7 +36,7 @@ def _a_task(monkeypatch):
 
 CONFIG = {
     "dataset": "cifar10_mini", "num_clients": 4, "width": 2, "settings.rounds": 2, "settings.clients_per_round": 2,
-    "settings.local_epochs": 1, "settings.report_rounds": 1, "settings.seed": 3, "wait": 0, "timeout": 5,
+    "settings.local_epochs": 1, "settings.report_rounds": 1, "settings.seed": 3, "wait": 0, "timeout": 1,
 }  # fmt: skip
 
 
@@ -41,25 +45,35 @@ class InProcess:
 
     def __init__(self, config, clients=4, spoil=lambda client, round_, reply: reply):
         self.config, self.spoil, self.nodes, self.rounds = config, spoil, [100 + k for k in range(clients)], []
+        self.replies = {}
 
     def get_node_ids(self):
         return self.nodes
 
-    def send_and_receive(self, messages, *, timeout=None):
+    def push_messages(self, messages):
         for message in messages:
-            node = message.metadata.dst_node_id
-            context = Context(1, node, {"partition-id": node - 100}, RecordDict(), self.config)
-            try:
-                reply = flower_app.client(message, context)
-            except Exception as error:
-                reply = Message(Error(0, str(error)), reply_to=message)
-            if message.metadata.message_type == "train":
-                round_ = message.content["round"]["round"]
-                self.rounds.append((round_, node - 100))
-                reply = self.spoil(node - 100, round_, reply)
+            name = str(uuid4())
+            message.metadata.__dict__["_message_id"] = name
+            reply = self.answer(message, message.metadata.dst_node_id)
             if reply is not None:
-                reply.metadata._src_node_id = node
-                yield reply
+                reply.metadata.__dict__["_reply_to_message_id"] = name
+                self.replies[name] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def answer(self, message, node):
+        context = Context(1, node, {"partition-id": node % 100}, RecordDict(), self.config)
+        try:
+            reply = flower_app.client(message, context)
+        except Exception as error:
+            reply = Message(Error(0, str(error)), reply_to=message)
+        if message.metadata.message_type != "train":
+            return reply
+        round_ = message.content["round"]["round"]
+        self.rounds.append((round_, node % 100))
+        return self.spoil(node % 100, round_, reply)
+
+    def pull_messages(self, message_ids):
+        return [self.replies.pop(name) for name in message_ids if name in self.replies]
 
 
 def run(tmp_path, grid):
@@ -80,6 +94,11 @@ def test_a_config_is_an_experiment():
         align=AlignSettings(per_class=7, seed=3),
     )  # fmt: skip
     assert read_experiment({}) == Experiment()
+    assert read_experiment({"align.per_class": 7, "stage3": False}).align is None
+    assert read_experiment({"method_options": '{"mu": 0.5}', "method_options.nu": 1}).method_options == {
+        "mu": 0.5,
+        "nu": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,8 @@ def test_a_config_is_an_experiment():
         ({"settings.round": 4}, "unknown key 'settings.round'"),
         ({"settings": 4}, "unknown key 'settings'"),
         ({"num_clients": "4"}, "num_clients must be of type int; the run's config has '4'"),
+        ({"method_options": "mu=0.5"}, r"must be a JSON object, such as '{\"mu\": 0.1}' \(Expecting"),
+        ({"method_options": "[1]"}, r"must be a JSON object, such as .*; it is '\[1\]'"),
         ({"settings.rounds": True}, "settings.rounds must be of type int"),
         ({"settings.rounds": 0}, "rounds must be a whole number"),
     ],
@@ -98,14 +119,21 @@ def test_a_wrong_config_is_refused(wrong, says):
         read_experiment(wrong)
 
 
-def test_the_apps_own_config_can_be_read():
-
+def apps_own_config():
     text = (Path(__file__).parent.parent / "flower" / "pyproject.toml").read_text()
-    tables = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
-    flat = {k: v for k, v in tables.items() if k != "settings"} | {
-        f"settings.{k}": v for k, v in tables["settings"].items()
-    }
-    assert read_experiment(flat).settings.rounds == 20 and set(RUN_KEYS) - {"device"} <= set(flat)
+    return flatten_dict(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+
+
+def test_the_apps_own_config_names_every_key():
+    """Flower refuses a key on the command line that the app's own config lacks."""
+    own = apps_own_config()
+    assert read_experiment(own).settings.rounds == 20 and read_experiment(own).align is None
+    assert read_experiment({**own, "stage3": True}).align == AlignSettings()
+    names = {field.name for field in fields(Experiment)} - {"settings", "align"}
+    names |= {f"settings.{field.name}" for field in fields(FedSettings)}
+    names |= {f"align.{field.name}" for field in fields(AlignSettings)} - {"align.seed", "align.without"}
+    assert set(own) == names | set(RUN_KEYS)
+    assert {key: own[key] for key in RUN_KEYS} == {**RUN_KEYS, "stage3": False}
 
 
 def test_tensors_travel_to_the_bit():
@@ -138,6 +166,7 @@ def test_it_is_the_in_process_run_to_the_bit(tmp_path, more):
     plain = run_experiment(read_experiment(config), tmp_path / "plain", "cpu")
     there = json.loads(path.read_text())
     assert there["summary"] == plain["summary"] and there["parameters"] == asdict_json(read_experiment(config))
+    assert there.get("aligned") == plain.get("aligned") and ("aligned" in there) == ("start" in more)
     for kept in (tmp_path / "plain" / "models").iterdir():
         mine, theirs = (
             load_model(kept).state_dict(),
@@ -199,7 +228,7 @@ def test_a_bad_answer_is_left_out_and_named(tmp_path, caplog, fault):
         run(tmp_path / "other", InProcess(config, spoil=lambda c, r, reply: None if c == 0 else reply)).read_text()
     )
     assert calm["history"][0]["metrics"] == record["metrics"]
-    assert "no answer within 5 seconds" in calm["history"][0]["left_out"]["0"]
+    assert "no answer within 1 seconds" in calm["history"][0]["left_out"]["0"]
 
 
 def test_what_comes_beside_the_weights_must_be_finite_too(tmp_path):
@@ -219,7 +248,7 @@ def test_what_comes_beside_the_weights_must_be_finite_too(tmp_path):
 def test_a_node_that_is_no_client_is_named(caplog):
     grid = InProcess(CONFIG, clients=5)  # the split has four
     ask = GridClients(grid, [1] * 4, 5, 0)
-    assert ask._find([0, 3]) == {0: 100, 3: 103}
+    assert ask._connected() == {0: 100, 1: 101, 2: 102, 3: 103}
     assert "a node says it is client 4; clients are 0 to 3" in caplog.text and 4 not in ask._client_of.values()
 
 
@@ -251,11 +280,91 @@ def test_a_client_that_is_not_connected_is_waited_for_then_left_out(tmp_path):
 def test_a_node_that_comes_back_takes_its_place():
     grid = InProcess(CONFIG)
     ask = GridClients(grid, [1] * 4, 5, 0)
-    assert ask._find([0, 1]) == {0: 100, 1: 101}
-    grid.nodes = [100, 101, 102, 103]
-    ask._client_of[55] = 1  # gone since
-    ask._client_of.pop(101)
-    assert ask._find([0, 1]) == {0: 100, 1: 101} and 55 not in ask._client_of
+    assert ask._connected() == {0: 100, 1: 101, 2: 102, 3: 103}
+    grid.nodes = [100, 101, 102, 203]
+    assert ask._connected() == {0: 100, 1: 101, 2: 102, 3: 203} and 103 not in ask._client_of
+
+
+class Interrupted(InProcess):
+    """When client 1 is first asked to train, its node dies without an answer, and `then` happens."""
+
+    def __init__(self, config, then):
+        super().__init__(config)
+        self.then, self.killed = then, False
+
+    def answer(self, message, node):
+        if node == 101 and message.metadata.message_type == "train" and not self.killed:
+            self.killed = True
+            return self.then(self, message)
+        return super().answer(message, node)
+
+
+def comes_back_as_another(grid, message):
+    grid.nodes.append(201)  # the SuperLink has not noticed yet that the old one is gone
+
+
+def is_missed_and_comes_back(grid, message):
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=message)  # same key, same node
+
+
+def comes_back_while_it_is_missed(grid, message):
+    grid.nodes.remove(101)
+    threading.Timer(1.0, grid.nodes.append, [201]).start()
+    return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "removed"), reply_to=message)
+
+
+@pytest.mark.parametrize("then", [comes_back_as_another, is_missed_and_comes_back, comes_back_while_it_is_missed])
+def test_who_comes_back_in_mid_round_is_asked_again(tmp_path, then):
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1, "wait": 30, "timeout": 30}
+    grid = Interrupted(config, then)
+    there = json.loads(run(tmp_path / "flower", grid).read_text())
+    assert grid.killed and [record["clients"] for record in there["history"]] == [[0, 1, 2, 3]]
+    plain = run_experiment(read_experiment(config), tmp_path / "plain", "cpu")
+    assert there["summary"] == plain["summary"]
+
+
+def test_who_is_gone_and_stays_away_is_waited_for_then_left_out(tmp_path):
+    def leaves(grid, message):
+        grid.nodes.remove(101)
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=message)
+
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1, "wait": 1, "timeout": 60}
+    result = json.loads(run(tmp_path, Interrupted(config, leaves)).read_text())
+    assert result["history"][0]["left_out"] == {"1": "no node with partition-id=1 is connected"}
+    assert 1 < result["history"][0]["seconds"] < 30
+
+
+def test_a_node_that_cannot_say_who_it_is_is_asked_once_a_round():
+    class Mute(InProcess):
+        asked = 0
+
+        def answer(self, message, node):
+            if node == 103:
+                self.asked += 1
+                return Message(Error(0, "no partition-id"), reply_to=message)
+            return super().answer(message, node)
+
+    grid = Mute(CONFIG)
+    ask = GridClients(grid, [1] * 4, 5, 2)
+    replies, asked = ask._replies([3], {})
+    assert (replies, asked, grid.asked) == ({}, {}, 1)
+    ask._replies([3], {})
+    assert grid.asked == 2
+
+
+def test_a_message_that_cannot_be_sent_is_sent_later():
+    class Full(InProcess):
+        refused = 0
+
+        def push_messages(self, messages):
+            if messages and messages[0].metadata.message_type == "train" and not self.refused:
+                self.refused += 1
+                return [None] * len(messages)
+            return super().push_messages(messages)
+
+    grid = Full(CONFIG)
+    replies, asked = GridClients(grid, [1] * 4, 5, 5)._replies([1], {"round": ConfigRecord({"round": 1})})
+    assert grid.refused == 1 and list(replies) == [1] and asked == {1: 101}
 
 
 def test_a_killed_server_goes_on_where_it_was(tmp_path):

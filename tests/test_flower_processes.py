@@ -1,4 +1,4 @@
-"""The Flower app on real processes: a SuperLink and three SuperNodes on this machine, one of them killed and restarted.
+"""The Flower app on real processes: a SuperLink and SuperNodes on this machine, killed, refused, simulated.
 
 Run by `make flower`; where flwr is absent all is skipped.
 """
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from mllmfl_lite.models import load_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
-    "dataset": "cifar10_mini", "num_clients": 3, "width": 2, "settings.rounds": 4, "settings.clients_per_round": 3,
-    "settings.local_epochs": 1, "settings.report_rounds": 1, "settings.eval_every": 4, "timeout": 60, "wait": 120,
+    "dataset": "cifar10_mini", "num_clients": 3, "width": 2, "settings.rounds": 2, "settings.clients_per_round": 3,
+    "settings.local_epochs": 1, "settings.report_rounds": 1, "settings.eval_every": 2, "timeout": 300, "wait": 120,
 }  # fmt: skip
+ONE_ROUND = {"settings.rounds": 1, "settings.eval_every": 1}
 PATIENCE = 400  # seconds for anything
 
 
@@ -37,7 +39,8 @@ class Machines:
         self.folder, self.running, self.tls = folder, {}, ()
         self.environment = {
             **os.environ, "FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
         self.port = free_port()
 
@@ -47,22 +50,29 @@ class Machines:
                 command, stdout=log, stderr=log, env=self.environment, cwd=self.folder, start_new_session=True
             )
 
-    def superlink(self) -> None:
+    def superlink(self, *more: str) -> None:
         secure = self.tls and (
             "--ssl-ca-certfile", self.tls[0], "--ssl-certfile", self.tls[1], "--ssl-keyfile", self.tls[2]
         )  # fmt: skip
         self.start(
             "superlink", "flower-superlink", *(secure or ["--insecure"]), "--host", "127.0.0.1", "--port",
-            str(self.port), "--disable-runtime-dependency-installation",
+            str(self.port), "--disable-runtime-dependency-installation", *more,
         )  # fmt: skip
+        how = f'root-certificates = "{self.tls[0]}"' if self.tls else "insecure = true"
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{self.port}"\n{how}\n')
         self.wait_for(lambda: answers(self.port), "the SuperLink")
 
-    def supernode(self, client: int) -> None:
+    def supernode(self, client: int, *more: str) -> None:
         secure = self.tls and ("--root-certificates", self.tls[0])
         self.start(
             f"node{client}", "flower-supernode", *(secure or ["--insecure"]), "--superlink", f"127.0.0.1:{self.port}",
-            "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"partition-id={client}",
+            "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"partition-id={client}", *more,
         )  # fmt: skip
+
+    def says(self, name: str, text: str) -> bool:
+        return text in (self.folder / f"{name}.log").read_text()
 
     def kill(self, name: str) -> None:
         process = self.running.pop(name)
@@ -73,16 +83,14 @@ class Machines:
                 continue
         process.wait(30)
 
-    def run(self, config: dict) -> None:
-        home = self.folder / "home"
-        home.mkdir(exist_ok=True)
-        how = f'root-certificates = "{self.tls[0]}"' if self.tls else "insecure = true"
-        (home / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{self.port}"\n{how}\n')
+    def run(self, config: dict, *more: str) -> None:
         shutil.copytree(ROOT / "flower", self.folder / "app", dirs_exist_ok=True)
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        command = ["flwr", "run", "app", "here", "--run-config", given]
+        self.flwr("run", "app", "here", "--run-config", given, *more)
+
+    def flwr(self, *command: str) -> None:
         options = {"env": self.environment, "cwd": self.folder, "timeout": PATIENCE, "check": False}
-        done = subprocess.run(command, capture_output=True, text=True, **options)
+        done = subprocess.run(["flwr", *command], capture_output=True, text=True, **options)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def wait_for(self, ready, what: str):
@@ -120,16 +128,12 @@ def machines(tmp_path):
         there.kill(name)
 
 
-def rounds_done(folder: Path) -> int:
-    return max((int(path.stem.split("-")[1]) for path in folder.rglob("weights-*.safetensors")), default=0)
-
-
-def without(left_out: set[tuple[int, int]]):
+def without(left_out: set[tuple[int, int]], config: dict):
     """In-process clients, of which some say nothing in some rounds: (round, client)."""
 
     def ask(state, received, round_, chosen):
         present = [client for client in chosen if (round_, client) not in left_out]
-        own = client_part(json.dumps(CONFIG))
+        own = client_part(json.dumps(config))
         return {client: own(state, received, round_, client) for client in present}, {
             client: "left out" for client in chosen if client not in present
         }
@@ -137,51 +141,81 @@ def without(left_out: set[tuple[int, int]]):
     return ask
 
 
-def weights(folder: Path) -> dict:
-    return load_model(next((folder / "models").glob("*-federated.safetensors"))).state_dict()
-
-
-def compare_with_in_process(folder: Path, tmp_path: Path) -> dict:
+def compare_with_in_process(folder: Path, tmp_path: Path, config: dict) -> dict:
     """The results, once it is shown that the in-process rounds without whoever was missed end with the same bits."""
     result = json.loads((folder / "fedavg_seed0.json").read_text())
     missed = {(record["round"], int(c)) for record in result["history"] for c in record.get("left_out", ())}
-    ask = without(missed) if missed else None
-    plain = run_experiment(read_experiment(CONFIG), tmp_path / "plain", "cpu", ask=ask)
-    assert plain["summary"] == result["summary"]
-    mine, theirs = weights(folder), weights(tmp_path / "plain")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    return {"missed": missed, **result}
+    ask = without(missed, config) if missed else None
+    plain = run_experiment(read_experiment(config), tmp_path / "plain", "cpu", ask=ask)
+    assert plain["summary"] == result["summary"] and plain.get("aligned") == result.get("aligned")
+    kept = sorted(path.name for path in (tmp_path / "plain" / "models").iterdir())
+    assert len(kept) == (2 if "start" in config else 1)
+    for name in kept:
+        mine, theirs = (load_model(f / "models" / name).state_dict() for f in (folder, tmp_path / "plain"))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    return result
 
 
-def test_a_node_is_killed_and_comes_back(machines, tmp_path):
+def test_a_node_is_killed_in_mid_round_and_comes_back_in_it(machines, tmp_path):
     out = tmp_path / "out"
     machines.superlink()
     for client in range(3):
         machines.supernode(client)
     machines.run({**CONFIG, "folder": str(out)})
-    machines.wait_for(lambda: rounds_done(out) >= 1, "the first round")
+    machines.wait_for(lambda: machines.says("node1", "Receiving: train message"), "client 1's first round")
     machines.kill("node1")
     machines.supernode(1)
     machines.wait_for(lambda: (out / "fedavg_seed0.json").exists(), "the results")
-    result = compare_with_in_process(out, tmp_path)
-    assert [record["round"] for record in result["history"]] == [1, 2, 3, 4]
-    assert {client for _, client in result["missed"]} <= {1} and len(result["missed"]) <= 2
-    assert 1 in result["history"][-1]["clients"], "it is back"
+    result = compare_with_in_process(out, tmp_path, CONFIG)
+    assert [record["clients"] for record in result["history"]] == [[0, 1, 2]] * 2, "it was asked again"
+    assert (tmp_path / "node1.log").read_text().count("Receiving: train message") == 3
 
 
-def test_with_tls(machines, tmp_path):
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make certificates with")
+def test_with_tls_only_nodes_with_registered_keys_take_part(machines, tmp_path):
+    if not (shutil.which("openssl") and shutil.which("ssh-keygen")):
+        pytest.skip("no openssl or no ssh-keygen to make certificates and keys with")
     machines.tls = certificates(tmp_path)
-    config = {**CONFIG, "settings.rounds": 1, "folder": str(tmp_path / "out")}
-    machines.superlink()
+    config, out = {**CONFIG, **ONE_ROUND, "wait": 20}, tmp_path / "out"
+    machines.superlink("--enable-supernode-auth")
     for client in range(3):
-        machines.supernode(client)
-    machines.run(config)
-    machines.wait_for(lambda: (tmp_path / "out" / "fedavg_seed0.json").exists(), "the results")
-    result = json.loads((tmp_path / "out" / "fedavg_seed0.json").read_text())
-    plain = run_experiment(read_experiment(config), tmp_path / "plain", "cpu")
-    assert result["summary"] == plain["summary"]
+        key = f"ssh-keygen -q -t ecdsa -b 384 -C client{client} -f client{client}.key -N"
+        subprocess.run([*key.split(), ""], cwd=tmp_path, check=True)
+    for client in (0, 1):
+        machines.flwr("supernode", "register", f"client{client}.key.pub", "here")
+    for client in range(3):
+        machines.supernode(client, "--auth-supernode-private-key", f"client{client}.key")
+    machines.supernode(3)  # without any key
+    for client in (2, 3):
+        assert machines.running[f"node{client}"].wait(PATIENCE) != 0
+    machines.wait_for(lambda: machines.says("node0", "SuperNode ID") and machines.says("node1", "SuperNode ID"), "both")
+    machines.run({**config, "folder": str(out)})
+    machines.wait_for(lambda: (out / "fedavg_seed0.json").exists(), "the results")
+    (record,) = compare_with_in_process(out, tmp_path, config)["history"]
+    assert record["clients"] == [0, 1] and record["left_out"] == {"2": "no node with partition-id=2 is connected"}
+    assert machines.says("node2", "Failed to activate SuperNode")
+    assert machines.says("node3", "SuperNode authentication is enabled")
+
+
+def test_in_simulation_all_three_stages_are_the_in_process_ones(machines, tmp_path):
+    pytest.importorskip("ray")
+    more = {
+        "start": "dwp_linear",
+        "width": 16,
+        "stage3": True,
+        "align.teacher": "clip",
+        "align.per_class": 4,
+        "align.epochs": 1,
+    }
+    config, out = {**CONFIG, **ONE_ROUND, **more}, tmp_path / "out"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as short:  # a socket's path has at most 107 letters
+        machines.environment["RAY_TMPDIR"] = short
+        machines.superlink("--simulation")
+        simulated = "num-supernodes=3 client-resources-num-cpus=1"
+        machines.run({**config, "folder": str(out)}, "--federation-config", simulated)
+        machines.wait_for(lambda: (out / "fedavg_seed0.json").exists(), "the results")
+        machines.wait_for(lambda: machines.says("superlink", "Finished task"), "the end")
+    result = compare_with_in_process(out, tmp_path, config)
+    assert [record["clients"] for record in result["history"]] == [[0, 1, 2]]
 
 
 def certificates(folder: Path) -> tuple[str, str, str]:

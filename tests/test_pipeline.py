@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.models import load_model
 from mllmfl_lite.pipeline import Pipeline, run_pipeline
 from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import ResultError, load_results
+from mllmfl_lite.results import ResultError, load_result, load_results
 
 ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
 ALIGN = AlignSettings(per_class=3, epochs=2, teacher="clip")
@@ -126,3 +127,53 @@ def test_killed_in_each_stage_it_ends_the_same(tmp_path, small):
     assert killed["aligned"] == quiet["aligned"] and killed["summary"] == quiet["summary"]
     weights = [load_model(tmp_path / name / "stage1" / "seed0.safetensors") for name in ("killed", "quiet")]
     assert all(torch.equal(a, b) for a, b in zip(*(w.state_dict().values() for w in weights), strict=True))
+
+
+SEVERAL_PROCESSES = """
+import json, os, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, torch
+from mllmfl_lite import pipeline
+from mllmfl_lite.data import load_images
+from mllmfl_lite.teacher import MllmTeacher
+sys.path.insert(0, {tests!r})
+from test_pipeline import TINY
+
+torch.set_num_threads(1)
+some, counts = load_images("cifar10_mini", "web").subset(np.arange(32)), dict(asked=0, looked=0, wrote=0)
+pipeline.load_pool = lambda experiment: some
+
+def counted(place, name, what, number):
+    real = getattr(place, name)
+    def call(*given, **more):
+        counts[what] += number(given)
+        return real(*given, **more)
+    setattr(place, name, call)
+
+counted(pipeline.TransformersBackend, "answer", "asked", lambda given: len(given[1]))
+counted(MllmTeacher, "tokens", "looked", lambda given: len(given[1]))
+counted(pipeline, "save_result", "wrote", lambda given: 1)
+counted(pipeline, "save_model", "wrote", lambda given: 1)
+settings = replace(TINY.pretrain, batch_size=4)
+path = pipeline.stage_one(replace(TINY, pretrain=settings, annotations="new"), Path({folder!r}), "cpu")
+counts["there"] = path.is_file()
+Path({folder!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(counts))
+"""
+
+
+def test_stage_one_under_two_processes_does_each_thing_once(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SEVERAL_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    for asked, looked, wrote in ((32, 32, 2), (0, 0, 0)):  # the second time it is found done
+        job = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert job.returncode == 0, job.stderr[-3000:]
+        ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+        assert all(counts["there"] for counts in ranks)
+        assert sorted(counts["asked"] for counts in ranks) == [0, asked], "whoever came first asked the MLLM"
+        assert sorted(counts["looked"] for counts in ranks) == [0, looked], "features were computed once"
+        assert [counts["wrote"] for counts in ranks] == [wrote, 0], "the first process wrote"
+    result = load_result(tmp_path / "stage1" / "seed0.json")
+    assert result["provenance"]["processes"] == 2 and len(result["history"]) == result["data"]["texts"] // (2 * 4)
+    assert load_model(tmp_path / "stage1" / "seed0.safetensors").num_features == 8

@@ -433,6 +433,8 @@ def test_two_processes_share_a_batch_and_stay_equal(tmp_path):
         assert same(first["weights"], second["weights"])
         if launch == 0:  # each saw its own half of the batch
             assert all(a != b for a, b in zip(first["losses"], second["losses"], strict=True))
+    alone = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert "holds another run (processes: there 2, now None)" in alone.stderr, alone.stderr[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------ pictures on the disk
