@@ -24,7 +24,14 @@ from pathlib import Path
 
 import filelock
 
-from mllmfl_lite.annotate import Record, TransformersBackend, annotate, bundled_annotations, filter_records
+from mllmfl_lite.annotate import (
+    Record,
+    TransformersBackend,
+    annotate,
+    bundled_annotations,
+    filter_records,
+    read_records,
+)
 from mllmfl_lite.captions import KINDS
 from mllmfl_lite.data import ImageSet, load_images
 from mllmfl_lite.experiment import Experiment, load_pool, run_experiment
@@ -50,7 +57,8 @@ class Pipeline:
         experiment: stages 2 and 3; its `start` is set here, its `mllm` writes the annotations.
         pretrain: stage 1; its seed becomes the experiment's. None leaves stage 1 out.
         kind: of the annotations that stage 1 learns from.
-        annotations: ``"bundled"``, or ``"new"``: ask the MLLM, and leave out what is empty, cut off or looping.
+        annotations: ``"bundled"``; ``"new"``: ask the MLLM; or a file of records about the pool's pictures, as
+            `mllmfl_lite.annotate` writes it (``....jsonl``). What is empty, cut off or looping is left out.
         pixels: the side at which the compact model looks at pictures from files in stage 1; 0: the experiment's
             `image_size`. Its feature map must fit the MLLM's tokens: ResNet-50 at 384 has 12 x 12, LLaVA-1.5 24 x 24.
         stage1: the folder of annotations and pretrained weights, seen from the run's. Runs of several folders that
@@ -65,7 +73,9 @@ class Pipeline:
     stage1: str = "stage1"
 
     def __post_init__(self) -> None:
-        check_choice(self, annotations=("bundled", "new"), kind=KINDS)
+        check_choice(self, kind=KINDS)
+        if self.annotations not in ("bundled", "new") and not self.annotations.endswith(".jsonl"):
+            raise ValueError(f"annotations must be 'bundled', 'new' or a .jsonl file; got {self.annotations!r}")
         if self.pretrain and self.annotations == "bundled" and self.experiment.pool != BUNDLED_POOL:
             raise ValueError(
                 f"the bundled annotations are of the pool {BUNDLED_POOL!r}, not of {self.experiment.pool!r}; set "
@@ -110,6 +120,7 @@ def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
     the file is there. The stages after it run in one process.
     """
     experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
+    folder.mkdir(parents=True, exist_ok=True)  # or nothing could be seen from it
     path = folder / pipeline.stage1 / f"seed{seed}.safetensors"
     asked = {
         "pretrain": asdict(replace(pipeline.pretrain, seed=seed)),
@@ -170,4 +181,10 @@ def _records(pipeline: Pipeline, source: PictureSource, mllm: MllmTeacher, path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".turn")):  # of several processes the first asks, the others read
             return filter_records(annotate(source, TransformersBackend(mllm), path, [pipeline.kind]).records).kept
-    return [record for record in bundled_annotations() if record.kind == pipeline.kind]
+    given = bundled_annotations() if pipeline.annotations == "bundled" else _read_given(pipeline.annotations, source)
+    return [record for record in given if record.kind == pipeline.kind]
+
+
+def _read_given(path: str, source: PictureSource) -> list[Record]:
+    used = set(source.ids)  # `pool_images` may take fewer than were annotated
+    return filter_records([record for record in read_records(path) if record.id in used]).kept

@@ -6,8 +6,8 @@
 
 Operations are counted: torch's own counter on models without weights, or the usual two for each weight and token of a
 language model. Hours are operations over a machine's rates, or steps times the seconds that a step takes at least. The
-rates of the machine at hand are measured, in a few seconds; those of the GPUs in `MACHINES` are reckoned, and every plan
-says which. No data set and no weights are needed.
+rates of the machine at hand are measured, in a few seconds; those of the GPUs in `MACHINES` are reckoned, and a plan
+says which. Neither data nor weights are needed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     python -m mllmfl_lite.runs paper/cifar10_lt_if100/mllm_llava_fl --seeds 0     # one run
     python -m mllmfl_lite.runs medium/cifar10_lt_if100 --seeds 0 1 2              # all methods of a benchmark
     python -m mllmfl_lite.runs paper/imagenet_lt --plan                           # only say what it would take
+    accelerate launch --num_processes 8 -m mllmfl_lite.runs paper/imagenet_lt/stage1 --stage1     # on several GPUs
 
 First it says what the runs need and cost; what is not here stops them. Then each run goes through its stages, with a
 progress bar, and leaves its results file in ``results/<scale>/<benchmark>`` and an executed copy of
@@ -17,6 +18,7 @@ import ast
 import difflib
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import missing
-from mllmfl_lite.pipeline import Pipeline, run_pipeline
+from mllmfl_lite.pipeline import Pipeline, run_pipeline, stage_one
 from mllmfl_lite.plan import MACHINES, Machine, Plan, in_words, make_plan, this_machine
 from mllmfl_lite.pretrain import PretrainSettings
 from mllmfl_lite.results import RESULTS
@@ -241,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--plan", action="store_true", help="say what the runs need and cost, and end")
+    parser.add_argument("--stage1", action="store_true", help="only annotate and pretrain; accelerate launch may do it")
     parser.add_argument("--on", choices=MACHINES, help="with --plan: on this machine, in place of the one at hand")
     chosen = parser.parse_args(arguments)
     try:
@@ -252,12 +255,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
     if not todo:
         return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen.stage1:
+        print("several processes can share stage 1 only: add --stage1, then start one process without", file=sys.stderr)
+        return 2
     lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline)))
-    tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None, chosen.device)
+    if not chosen.stage1:
+        tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None, chosen.device)
     if lacking:
         print("\nnot here, and not fetched for you:", *(f"  {need}" for need in lacking), sep="\n", file=sys.stderr)
     if chosen.plan or lacking:
         return 0 if chosen.plan else 3
+    if chosen.stage1:
+        for run in todo:
+            if run.pipeline.pretrain:
+                print(f"{run}: {stage_one(run.pipeline, run.folder, chosen.device)}")
+        return 0
     return run_all(todo, chosen.device)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mllmfl_lite import pipeline as module
 from mllmfl_lite.align import AlignSettings
@@ -87,7 +88,7 @@ def test_weights_of_other_settings_are_refused(tmp_path, small):
     wider = replace(TINY.experiment, width=4)
     with pytest.raises(ResultError, match=r"\(width there 2, now 4\)"):
         run_pipeline(replace(TINY, experiment=wider), tmp_path, "cpu")
-    with pytest.raises(ValueError, match="annotations must be one of bundled, new; got 'old'"):
+    with pytest.raises(ValueError, match="annotations must be 'bundled', 'new' or a .jsonl file; got 'old'"):
         replace(TINY, annotations="old")
 
 
@@ -177,3 +178,65 @@ def test_stage_one_under_two_processes_does_each_thing_once(tmp_path):
     result = load_result(tmp_path / "stage1" / "seed0.json")
     assert result["provenance"]["processes"] == 2 and len(result["history"]) == result["data"]["texts"] // (2 * 4)
     assert load_model(tmp_path / "stage1" / "seed0.safetensors").num_features == 8
+
+
+# ------------------------------------------------------------------------------------- a folder of pictures as the pool
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Eighteen pictures of several sizes, as a server finds them on the web."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    web = load_images("cifar10_mini", "web")
+    for i in range(18):
+        Image.fromarray(web.images[100 * i]).resize((40 + i, 36)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def of_folder(pictures, annotations):
+    experiment = replace(TINY.experiment, pool=str(pictures), image_size=32, align=replace(ALIGN, per_class=1))
+    return Pipeline(experiment, replace(TINY.pretrain, batch_size=4), annotations=annotations)
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_all_stages_on_a_folder_of_pictures(tmp_path, pictures):
+    result = run_pipeline(of_folder(pictures, "new"), tmp_path / "run", "cpu")
+    records = (tmp_path / "run" / "stage1" / "annotations.jsonl").read_text().splitlines()
+    assert len(records) == 18 and '"00.png"' in records[0]
+    assert result["aligned"]["server_set"]["labels_right"] is None and result["aligned"]["server_set"]["images"] >= 1
+    other = replace(
+        of_folder(pictures, "new"), experiment=replace(of_folder(pictures, "new").experiment, pool_images=9)
+    )
+    with pytest.raises(ResultError, match="pool_images there 0, now 9"):
+        run_pipeline(other, tmp_path / "run", "cpu")
+
+
+def test_texts_that_were_written_elsewhere(tmp_path, pictures, monkeypatch):
+    """Of the pictures that are used, and of the wanted kind; cut-off ones are left out."""
+    module.stage_one(of_folder(pictures, "new"), tmp_path / "first", "cpu")
+    texts = tmp_path / "texts.jsonl"
+    (tmp_path / "first" / "stage1" / "annotations.jsonl").rename(texts)
+    monkeypatch.setattr(module, "annotate", None)
+    monkeypatch.setattr(module, "pretrain", lambda model, mllm, views, texts, *_, **__: seen.append((views, texts)))
+    seen = []
+    pipeline = of_folder(pictures, str(texts))
+    for few in (0, 9):
+        fewer = replace(pipeline, experiment=replace(pipeline.experiment, pool_images=few))
+        with pytest.raises(AttributeError):  # of the pretraining that did not take place
+            module.stage_one(fewer, tmp_path / f"second{few}", "cpu")
+    (whole, all_texts), (part, fewer_texts) = seen
+    assert len(whole) == 18 and len(part) == 9 and 0 < len(fewer_texts) < len(all_texts) <= 18
+    torch.testing.assert_close(whole.compact(np.arange(3), None), part.compact(np.arange(3), None))
+    with pytest.raises(ValueError, match="the bundled annotations are of the pool 'cifar10_mini'"):
+        of_folder(pictures, "bundled")
+
+
+@pytest.mark.filterwarnings("ignore:the pool has fewer")
+def test_runs_of_several_folders_share_stage_one(tmp_path, small, monkeypatch):
+    shared = replace(TINY, stage1="../stage1")
+    run_pipeline(shared, tmp_path / "a", "cpu")
+    monkeypatch.setattr(module, "pretrain", None)
+    again = run_pipeline(shared, tmp_path / "b", "cpu")
+    assert again["parameters"]["start"] == "../stage1/seed0.safetensors"
+    assert (tmp_path / "stage1" / "seed0.safetensors").is_file() and not (tmp_path / "b" / "stage1").exists()

@@ -230,6 +230,15 @@ def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys
     assert ran[4:] == [("bad", 0), ("bad", 1)] and "4 runs, 2 of them done" in capsys.readouterr().out
 
 
+def test_several_processes_may_do_stage_one_only(tmp_path, capsys, monkeypatch):
+    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), pretrain=True, **TINY)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(own)]) == 2 and "add --stage1" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "run_pipeline", None)
+    monkeypatch.setattr(runs, "stage_one", lambda pipeline, folder, device: folder / "stage1" / "seed0.safetensors")
+    assert main([str(own), "--stage1"]) == 0 and "stage1/seed0.safetensors" in capsys.readouterr().out
+
+
 def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
     monkeypatch.setattr(runs, "run_pipeline", None)
     assert main([str(tiny), "--plan", "--on", "h100"]) == 0
@@ -243,7 +252,7 @@ def test_what_does_not_fit_is_said(capsys):
     (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
     for memory, fits in ((40, False), (80, True)):
         runs.tell_plan([run], replace(runs.MACHINES["h100"], memory=memory * 2**30), "cpu")
-        assert ("This will not fit: it needs 55." in capsys.readouterr().out) == (not fits)
+        assert ("This will not fit: 55." in capsys.readouterr().out) == (not fits)
 
 
 def test_papermill_takes_a_file_without_us(tmp_path, tiny):
