@@ -88,7 +88,7 @@ def test_weights_of_other_settings_are_refused(tmp_path, small):
     wider = replace(TINY.experiment, width=4)
     with pytest.raises(ResultError, match=r"\(width there 2, now 4\)"):
         run_pipeline(replace(TINY, experiment=wider), tmp_path, "cpu")
-    with pytest.raises(ValueError, match="annotations must be 'bundled', 'new' or a .jsonl file; got 'old'"):
+    with pytest.raises(ValueError, match=r"annotations must be 'bundled', 'new' or a .jsonl file; got 'old'"):
         replace(TINY, annotations="old")
 
 
