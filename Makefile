@@ -85,7 +85,7 @@ SEED := 0
 SEEDS := 0 1 2
 RUN_ALL = @test -n "$(RUN)" || { echo "say which: make $@ RUN=$(1); there are:"; \
 	  cd notebooks/runs/$(SCALE) && ls -d */ | sed 's,^,  ,; s,/$$,,'; exit 2; }; \
-	  MLLMFL_PROGRESS=1 $(BIN)/python -m mllmfl_lite.runs $(SCALE)/$(RUN) $(if $(PLAN)$(ON),--plan) $(if $(ON),--on $(ON))
+	  env -u MLLMFL_PROGRESS $(BIN)/python -m mllmfl_lite.runs $(SCALE)/$(RUN) $(if $(PLAN)$(ON),--plan) $(if $(ON),--on $(ON))
 
 paper: $(INSTALLED)  ## one run: RUN=cifar10_lt_if100/mllm_llava_fl SEED=0 SCALE=paper, or medium, laptop; PLAN=1, ON=h100
 	$(call RUN_ALL,cifar10_lt_if100/mllm_llava_fl) --seeds $(SEED)
