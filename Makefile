@@ -11,16 +11,17 @@ RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
 BOOK := _build/html/.built
 FLOWER := .venv-flower
+PEERS := .venv-peers
 
 # Bars would end up in outputs and logs; run a chapter in Jupyter, or a script in a terminal, to see them.
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser flower outputs annotations bench evidence clean
+.PHONY: help setup book serve test lint unit notebooks browser flower outputs annotations bench bench-peers evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup: $(INSTALLED)  ## make .venv and install requirements.txt into it
 
@@ -72,10 +73,10 @@ notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
 	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider tests/test_flower_*.py
 
-# Flower asks for older versions of several packages: it and what it needs come first, the rest is looked up in .venv.
-$(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
-	@echo "installing flwr into $(FLOWER)"
-	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)
+# Both ask for older versions of several packages: they and what they need come first, the rest is looked up in .venv.
+$(FLOWER)/.installed $(PEERS)/.installed: scripts/make_environment.py | $(INSTALLED)
+	@echo "installing what $< lists into $(@D)"
+	@PYTHONWARNINGS=ignore $(BIN)/python $< $(@D)
 	@touch $@
 
 outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
@@ -88,6 +89,9 @@ annotations: $(INSTALLED)  ## write the stand-in's annotations of the web pool a
 bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features beside computed ones, in one run each
 	@$(BIN)/python benchmarks/bench_rounds.py
 	@$(BIN)/python benchmarks/bench_pretrain.py
+
+bench-peers: $(PEERS)/.installed  ## the engine beside Flower's simulation and pfl-research, in an environment of its own
+	@$(PEERS)/bin/python benchmarks/bench_peers.py
 
 evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (three hours from nothing, on two cores)
 	@$(BIN)/python -m pip install --quiet -e '.[imagenet]'
