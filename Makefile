@@ -11,12 +11,14 @@ RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
 BOOK := _build/html/.built
 FLOWER := .venv-flower
+PEERS := .venv-peers
 
 # Bars would end up in outputs and logs; run a chapter in Jupyter, or a script in a terminal, to see them.
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
-.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations bench bench-gpu bench-peers evidence clean
+.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations \
+  bench bench-gpu bench-peers evidence clean
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
@@ -73,10 +75,10 @@ flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in a
 	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider -n logical --dist worksteal \
 	  tests/test_flower_*.py
 
-# Flower asks for older versions of several packages: it and what it needs come first, the rest is looked up in .venv.
-$(FLOWER)/.installed: scripts/flower_environment.py | $(INSTALLED)
-	@echo "installing flwr and ray into $(FLOWER)"
-	@PYTHONWARNINGS=ignore $(BIN)/python scripts/flower_environment.py $(FLOWER)
+# Both ask for older versions of several packages: they and what they need come first, the rest is looked up in .venv.
+$(FLOWER)/.installed $(PEERS)/.installed: scripts/make_environment.py | $(INSTALLED)
+	@echo "installing what $< lists into $(@D)"
+	@PYTHONWARNINGS=ignore $(BIN)/python $< $(@D)
 	@touch $@
 
 # Which runs there are: ls notebooks/runs/paper. PLAN=1 only says what it takes, ON=h100 for another machine than this.
@@ -109,6 +111,9 @@ bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features bes
 
 bench-gpu: $(INSTALLED)  ## clients one by one beside all together, by precision and compiled or not; for a GPU
 	@$(BIN)/python benchmarks/bench_gpu.py
+
+bench-peers: $(PEERS)/.installed  ## the engine beside Flower's simulation and pfl-research, in an environment of its own
+	@$(PEERS)/bin/python benchmarks/bench_peers.py
 
 evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (three hours from nothing, on two cores)
 	@$(BIN)/python -m pip install --quiet -e '.[imagenet]'

@@ -58,25 +58,34 @@ class Pictures(Dataset):
         return self.transform(self.images[i]), int(self.labels[i])
 
 
-def ordinary_round(model, data, split, settings):
+def shuffled(data, own, settings, client):
+    return DataLoader(Subset(Pictures(data), own.tolist()), settings.batch_size, shuffle=True)
+
+
+def ordinary_training(local, loader, settings):
+    local.train()
+    optimizer = torch.optim.SGD(local.parameters(), lr=settings.lr)
+    for _ in range(settings.local_epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            cross_entropy(local(x), y).backward()
+            optimizer.step()
+
+
+def ordinary_round(model, data, split, settings, load=shuffled):
     states = []
-    for own in split:
-        local = copy.deepcopy(model).train()
-        optimizer = torch.optim.SGD(local.parameters(), lr=settings.lr)
-        loader = DataLoader(Subset(Pictures(data), own.tolist()), settings.batch_size, shuffle=True)
-        for _ in range(settings.local_epochs):
-            for x, y in loader:
-                optimizer.zero_grad()
-                cross_entropy(local(x), y).backward()
-                optimizer.step()
+    for client, own in enumerate(split):
+        local = copy.deepcopy(model)
+        ordinary_training(local, load(data, own, settings, client), settings)
         states.append(local.state_dict())
     return weighted_mean(states, [len(own) for own in split])
 
 
-def work(width):
-    data = load_images("cifar10_mini", "train").subset(slice(0, None, 5000 // (CLIENTS * IMAGES[width])))
-    data = data.subset(slice(0, CLIENTS * IMAGES[width]))
-    settings = FedSettings(rounds=1, clients_per_round=CLIENTS, local_epochs=1, eval_every=1)
+def work(width, rounds=1, images=None):
+    images = images or IMAGES[width]
+    data = load_images("cifar10_mini", "train").subset(slice(0, None, 5000 // (CLIENTS * images)))
+    data = data.subset(slice(0, CLIENTS * images))
+    settings = FedSettings(rounds, clients_per_round=CLIENTS, local_epochs=1, eval_every=rounds, report_rounds=1)
     return build_model("resnet8", 10, width), data, iid(data.labels, CLIENTS, 0), settings
 
 

@@ -10,18 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
+VERBS = re.search(r"^\.PHONY: (.*)$", MAKEFILE.replace("\\\n", ""), re.M)[1].split()
 
 
 def test_make_help_lists_every_verb():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    verbs = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()
-    assert all(f"make {verb} " in listed for verb in verbs)
+    assert len(VERBS) > 15 and all(f"make {verb} " in listed for verb in VERBS)
 
 
 def test_every_make_verb_named_in_the_texts_exists():
-    verbs = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()
     texts = README + "".join(page.read_text() for page in (ROOT / "book").glob("*.md"))
-    assert set(re.findall(r"(?:^|`)make ([\w-]+)", texts, re.M)) <= set(verbs)
+    assert set(re.findall(r"(?:^|`)make (\w[\w-]*)", texts, re.M)) <= set(VERBS)
 
 
 def test_a_python_that_is_too_old_gets_a_sentence(tmp_path):
