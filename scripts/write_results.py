@@ -11,7 +11,7 @@ import numpy as np
 from write_runs import BENCHMARKS, METHODS, methods_of
 
 from mllmfl_lite.memory import GIB
-from mllmfl_lite.needs import needs
+from mllmfl_lite.needs import Need, needs
 from mllmfl_lite.plan import MACHINES, in_words, make_plan
 from mllmfl_lite.results import load_result, mean_and_spread, reported
 from mllmfl_lite.runs import Run, find_files, read_runs
@@ -43,10 +43,11 @@ files in `results/`; a test compares it with them.
   five), or that of the aligned model; then mean ± standard deviation over seeds. *head* and *tail* are the thirds
   of the classes with the most and the fewest pictures.
 - **Time** is what the rounds of one seed took, in the mean: here on one core of two that were both at work.
-- **made with** names device, version and the commits that the runs were made from.
-- **Empty cells stay empty** and say what would fill them: what to fetch beyond the repository, and what one run
-  takes on one H100 from nothing, by the [cost model](api.md). That is reckoned, not measured.
-- **file** is `notebooks/runs/<file>.yaml`; `make paper SCALE=<scale> RUN=<the rest>` runs it.
+- **Below each table** stand device, version and the commits that its runs were made from.
+- **Empty cells stay empty** and say what would fill them: what to fetch, and what one run takes on one H100 from
+  nothing, by the [cost model](api.md). That is reckoned, not measured.
+- **run** is a file in the folder that is named above its table: `make paper SCALE=medium RUN=cifar10_lt_if100/fedavg`
+  runs the first of the medium ones.
 
 """
 NOTE = """
@@ -63,7 +64,14 @@ def main() -> None:
 
 def page() -> str:
     """The whole page as Markdown."""
-    parts = [HEAD, "## What the scales differ in\n\n", _protocols(), "\n"]
+    parts = [
+        HEAD,
+        "## What the scales differ in\n\n",
+        _protocols(),
+        "\n## What there is to fetch\n\n",
+        _fetched(),
+        "\n",
+    ]
     for name in dict.fromkeys(benchmark.split("/")[1] for benchmark in BENCHMARKS):
         parts.append(f"## {_title(name)}\n\n{_reported(name)}")
         parts += [_table(f"{scale}/{name}") for scale in SCALES if f"{scale}/{name}" in BENCHMARKS]
@@ -87,7 +95,7 @@ def _protocols() -> str:
     shown = {"paper": "paper/cifar10_lt_if100", "medium": "medium/cifar10_lt_if100", "medium, CIFAR-100-LT":
              "medium/cifar100_lt_if100", "laptop": "laptop/cifar10_mini_lt_if100"}  # fmt: skip
     runs = {scale: _runs(f"{benchmark}/mllm_llava_fl", [0])[0].values for scale, benchmark in shown.items()}
-    text = _head("", *runs)
+    text = _head("setting", *runs)
     for key, words in PROTOCOL.items():
         text += _row(words, *(str(values[key]) for values in runs.values()))
     stage1 = ["anew, in the run" if values["pretrain"] else "the book's own weights" for values in runs.values()]
@@ -117,12 +125,12 @@ def _table(benchmark: str) -> str:
         runs = _runs(f"{benchmark}/{method}", SEEDS)
         found = [load_result(run.result) for run in runs if run.result.exists()]
         (done if found else empty).append((words, runs[0], found))
-    text = f"### {SCALES[benchmark.split('/')[0]]}\n\n"
+    text = f"### {SCALES[benchmark.split('/')[0]]}\n\nRuns in `notebooks/runs/{benchmark}`:\n\n"
     if done:
-        text += _head("method", "all", "head", "tail", "seeds", "time", "made with", "file")
-        text += "".join(_filled(*row) for row in done) + "\n"
+        text += _head("method", "all", "head", "tail", "seeds", "time", "run")
+        text += "".join(_filled(*row) for row in done) + "\n" + _made_with(done)
     if empty:
-        inner = _head("method", "to fetch", "time on one H100", "GPU memory", "file")
+        inner = _head("method", "to fetch", "time on one H100", "GPU memory", "run")
         inner += "".join(_missing(words, run) for words, run, _ in empty)
         text += f"```{{dropdown}} Not run yet: {len(empty)} of {len(done) + len(empty)}\n{inner}```\n\n"
     return text
@@ -130,26 +138,44 @@ def _table(benchmark: str) -> str:
 
 def _filled(words: str, run: Run, found: list[dict]) -> str:
     summaries = [result["summary"] for result in found]
-    groups = [[s["groups"][group] for s in summaries] for group in ("head", "tail")]
+    figures = [[s["top1"] for s in summaries], *([s["groups"][g] for s in summaries] for g in ("head", "tail"))]
     spent = np.mean([sum(record["seconds"] for record in result["history"]) for result in found])
-    made = [result["provenance"] for result in found]
-    devices = sorted({f"{p['device'].split(',')[0]}, torch {p['packages']['torch']}" for p in made})
-    revisions = sorted({p["revision"][:7] for p in made})
-    alone = run.values["method"] == "server_only"
     return _row(
         words,
-        *(percent(*mean_and_spread(values)) for values in ([s["top1"] for s in summaries], *groups)),
+        *(percent(*mean_and_spread(values)) for values in figures),
         str(len(found)),
-        "no rounds" if alone else in_words(spent),
-        "; ".join(devices + [f"`{revision}`" for revision in revisions]),
-        f"`{run.name}`",
+        "" if run.values["method"] == "server_only" else in_words(spent),
+        f"`{run.values['label']}`",
     )
+
+
+def _made_with(done: list[tuple]) -> str:
+    """Device, version and commit, and which runs they made."""
+    by: dict[str, list[str]] = {}
+    for _, run, found in done:
+        for made in dict.fromkeys(_device(result["provenance"]) for result in found):
+            by.setdefault(made, []).append(f"`{run.values['label']}`")
+    return "".join(f"- {made}: {', '.join(labels)}\n" for made, labels in sorted(by.items())) + "\n"
+
+
+def _device(made: dict) -> str:
+    return f"{made['device']}, torch {made['packages']['torch']}, commit `{made['revision'][:7]}`"
 
 
 def _missing(words: str, run: Run) -> str:
     plan = make_plan(run.pipeline, MACHINES["h100"])
-    fetch = ", ".join(f"{need.what.split(',')[0]} ({need.gigabytes:g} GB)" for need in needs(run.pipeline)) or "nothing"
-    return _row(words, fetch, in_words(3600 * plan.hours), f"{plan.memory / GIB:.1f} GiB", f"`{run.name}`")
+    fetch = ", ".join(_short(need) for need in needs(run.pipeline)) or "nothing"
+    return _row(words, fetch, in_words(3600 * plan.hours), f"{plan.memory / GIB:.1f} GiB", f"`{run.values['label']}`")
+
+
+def _short(need: Need) -> str:
+    return need.what.split(",")[0]
+
+
+def _fetched() -> str:
+    every = {need for name in BENCHMARKS for run in _runs(name, [0]) for need in needs(run.pipeline)}
+    rows = sorted((_short(need), f"{need.gigabytes:g}", need.licence) for need in every)
+    return _head("what", "GB", "terms") + "".join(_row(*row) for row in rows)
 
 
 if __name__ == "__main__":

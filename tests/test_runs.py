@@ -273,18 +273,23 @@ def test_the_results_page_is_what_the_files_say_and_names_every_run():
     import write_results
 
     text = write_results.PAGE.read_text()
-    assert [path for path in FILES if f"`{path.relative_to(RUNS).with_suffix('').as_posix()}`" not in text] == []
+    for benchmark in runs.benchmarks():
+        (section,) = [part for part in text.split("\n### ") if f"`notebooks/runs/{benchmark}`:\n" in part]
+        assert [p.stem for p in (RUNS / benchmark).glob("*.yaml") if f"| `{p.stem}` |\n" not in section] == []
     of_git = {path for _, _, path in committed()}
     here = {run.result for path in FILES for run in runs.read_runs([path], write_results.SEEDS) if run.result.exists()}
     if here == of_git:
         assert text == write_results.page(), "run `make results`"
 
 
-def test_an_empty_row_says_what_would_fill_it():
-    page = (ROOT / "book" / "results.md").read_text()
-    row = next(line for line in page.splitlines() if "`paper/imagenet_lt/mllm_llava_fl`" in line)
-    assert "LLaVA-1.5-7B (14.1 GB)" in row and " h |" in row and "GiB" in row
-    filled = next(line for line in page.splitlines() if "`medium/cifar10_lt_if100/creff`" in line)
-    summaries = [load_result(path)["summary"]["top1"] for name, _, path in committed() if name.endswith("if100/creff")
-                 and name.startswith("medium")]  # fmt: skip
-    assert f"| {100 * sum(summaries) / len(summaries):.1f}\u00a0±" in filled and f"| {len(summaries)} |" in filled
+def test_rows_of_the_results_page():
+    page = (ROOT / "book" / "results.md").read_text().split("\n### ")
+    (empty,) = [part for part in page if "`notebooks/runs/paper/imagenet_lt`:" in part]
+    row = next(line for line in empty.splitlines() if "`mllm_llava_fl`" in line)
+    assert "ImageNet, the official lists" in row and "LLaVA-1.5-7B" in row and " h |" in row and "GiB" in row
+    (full,) = [part for part in page if "`notebooks/runs/medium/cifar10_lt_if100`:" in part]
+    row = next(line for line in full.splitlines() if line.endswith("`creff` |"))
+    found = [load_result(path) for name, _, path in committed() if name == "medium/cifar10_lt_if100/creff"]
+    mean = 100 * sum(result["summary"]["top1"] for result in found) / len(found)
+    assert f"| {mean:.1f}\u00a0±" in row and f"| {len(found)} |" in row
+    assert f"commit `{found[0]['provenance']['revision'][:7]}`: " in full
