@@ -23,7 +23,7 @@ class PlainBatches(Batches):
     def plain(self, indices):
         return super().plain(indices).double()
 
-    def augmented(self, indices, generator):
+    def cut(self, indices, chances):
         return self.plain(indices)
 
 
