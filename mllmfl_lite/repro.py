@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one killed while it held it stops all
 warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm.auto, in a notebook without widgets
 
 

@@ -42,7 +42,8 @@ files in `results/`; a test compares it with them.
 - **A figure** is top-1 on the whole test set in percent: the mean over a run's last ten tested rounds (laptop:
   five), or that of the aligned model; then mean ± standard deviation over seeds. *head* and *tail* are the thirds
   of the classes with the most and the fewest pictures.
-- **Time** is what the rounds of one seed took, in the mean: here on one core of two that were both at work.
+- **Time** is what the rounds of one seed took, in the mean, without stages 1 and 3: here on one core of two that were
+  both at work, and with other work beside them at times. Figures with stage 3 are of one aligned model.
 - **Below each table** stand device, version and the commits that its runs were made from.
 - **Empty cells stay empty** and say what would fill them: what to fetch, and what one run takes on one H100 from
   nothing, by the [cost model](api.md). That is reckoned, not measured.
