@@ -1,4 +1,4 @@
-"""A run is a file: ``notebooks/runs/<scale>/<benchmark>/<method>.yaml``, checked as a whole before anything starts::
+"""A run is a file below ``notebooks/runs``, by scale, benchmark and method, checked before anything starts::
 
     python -m mllmfl_lite.runs paper/cifar10_lt_if100/mllm_llava_fl --seeds 0     # one run
     python -m mllmfl_lite.runs medium/cifar10_lt_if100 --seeds 0 1 2              # all methods of a benchmark
@@ -64,9 +64,9 @@ class Parameter:
 
 
 @functools.cache
-def notebook_parameters(path: str | Path = NOTEBOOK) -> dict[str, Parameter]:
-    """The names, types and defaults in a notebook's cell that is tagged "parameters"."""
-    cells = json.loads(Path(path).read_text())["cells"]
+def notebook_parameters(path: str | Path = "") -> dict[str, Parameter]:
+    """The names, types and defaults in a notebook's cell that is tagged "parameters"; by default the runs' notebook."""
+    cells = json.loads(Path(path or NOTEBOOK).read_text())["cells"]
     (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     return {
         line.target.id: Parameter(ast.unparse(line.annotation), ast.literal_eval(line.value))

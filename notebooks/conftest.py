@@ -14,7 +14,7 @@ EXECUTED = Path(__file__).parent.parent / "_build" / "executed"
 
 
 def pytest_collect_file(file_path, parent):
-    if file_path.suffix == ".ipynb" and not parent.config.option.nbval:
+    if file_path.suffix == ".ipynb" and file_path.parent == Path(__file__).parent and not parent.config.option.nbval:
         return ExecutedNotebook.from_parent(parent, path=file_path)
 
 
