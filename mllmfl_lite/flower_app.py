@@ -23,6 +23,7 @@ from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.batches import open_batches
 from mllmfl_lite.experiment import Experiment, run_experiment
 from mllmfl_lite.federated import ClientResult, FedSettings, State, client_step
+from mllmfl_lite.settings import is_of
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -89,7 +90,7 @@ def _filled(defaults, values: dict, prefix: str, without: tuple[str, ...] = ()):
         if name not in known:
             raise ValueError(f"the run's config has the unknown key {prefix + name!r}; known are {sorted(known)}")
         kind = type(getattr(defaults, name))
-        if not isinstance(value, (int, float) if kind is float else kind) or (kind is int and isinstance(value, bool)):
+        if not is_of(value, kind):
             raise ValueError(f"{prefix + name} must be of type {kind.__name__}; the run's config has {value!r}")
     return replace(defaults, **values)
 

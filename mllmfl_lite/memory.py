@@ -78,6 +78,20 @@ def plan_memory(
     return MemoryPlan(parts)
 
 
+def count_weights(config) -> tuple[int, int]:
+    """How many weights of an MLLM each token passes: those of the language model's layers and output, and the tower's.
+
+    Args:
+        config: a `transformers.LlavaConfig`.
+    """
+    mllm = _on_meta(config, torch.float32)
+    layer, output, tower = (
+        sum(p.numel() for p in part.parameters())
+        for part in (mllm.model.language_model.layers[0], mllm.lm_head, mllm.model.vision_tower)
+    )
+    return config.text_config.num_hidden_layers * layer + output, tower
+
+
 def _on_meta(config, dtype: torch.dtype) -> nn.Module:
     """The MLLM with one layer of its language model, weightless."""
     from transformers import LlavaForConditionalGeneration

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,12 @@ def missing(pipeline: Pipeline) -> list[Need]:
 def require(pipeline: Pipeline) -> None:
     """Raise `DataError` with the list of what is missing, if anything is."""
     if lacking := missing(pipeline):
-        raise DataError("not here, and not fetched for you:\n" + "\n".join(f"  {need}" for need in lacking))
+        raise DataError(listing(lacking))
+
+
+def listing(lacking: Iterable[Need]) -> str:
+    """What is missing, as it is told."""
+    return "\n".join(["not here, and not fetched for you:", *(f"  {need}" for need in lacking)])
 
 
 def needs(pipeline: Pipeline) -> list[Need]:

@@ -32,9 +32,10 @@ from mllmfl_lite.cost import size
 from mllmfl_lite.data import IMAGENET_LT, ImageSet
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import FedAvg, Workers, train_client
-from mllmfl_lite.memory import GIB, OVERHEAD, kept_for_backward, plan_memory
+from mllmfl_lite.memory import GIB, OVERHEAD, count_weights, kept_for_backward, plan_memory
 from mllmfl_lite.models import CompactModel, build_model
 from mllmfl_lite.partition import long_tail_counts
+from mllmfl_lite.pictures import folder_source
 from mllmfl_lite.pipeline import Pipeline
 from mllmfl_lite.pretrain import CompactEncoder, PretrainSettings
 from mllmfl_lite.repro import count_cores, pick_device
@@ -48,7 +49,7 @@ DATASETS = {
     "cifar100": (50_000, 10_000, 100, 32),
     "imagenet_lt": (IMAGENET_LT["train"], IMAGENET_LT["test"], 1000, 0),
 }
-POOLS = {"cifar10_mini": 3_000, "cifar10": 0, "cifar100": 0, "cc595k": 595_375}  # pictures
+POOLS = {"cifar10_mini": 3_000, "cc595k": 595_375}  # pictures
 PROMPT, ANSWER, NAME = 40, 60, 3  # tokens of a question, of a long answer, of a class name
 DECODED_AT_ONCE = 64  # answers that are written side by side
 PROBE = 2e10  # operations of a client in one call of the probe, at most
@@ -114,7 +115,8 @@ class Stage:
         steps: training steps, one after the other.
         small_steps: steps on synthetic features.
         pictures: read from files.
-        once: runs in one folder with the same of this share the stage; empty: each run has its own.
+        once: runs with the same of this and of `folder` share the stage; empty: each run has its own.
+        folder: where what it makes is kept, seen from the run's.
         memory: bytes on the device at the peak.
         disk: bytes that are left in the run's folder.
         spread: whether several GPUs share it.
@@ -128,6 +130,7 @@ class Stage:
     small_steps: float = 0.0
     pictures: float = 0.0
     once: str = ""
+    folder: str = ""
     memory: int = 0
     disk: int = 0
     spread: bool = False
@@ -196,8 +199,9 @@ def make_plan(pipeline: Pipeline, machine: Machine) -> Plan:
     parts: list[Stage] = []
     if pipeline.pretrain:
         if pipeline.annotations == "new":
-            parts.append(replace(_annotating(pipeline), once=pipeline.stage1))
-        parts.append(replace(_pretraining(pipeline), once=f"{pipeline.stage1} {pipeline.experiment.settings.seed}"))
+            parts.append(replace(_annotating(pipeline), once="annotations", folder=pipeline.stage1))
+        seed = pipeline.experiment.settings.seed
+        parts.append(replace(_pretraining(pipeline), once=f"seed {seed}", folder=pipeline.stage1))
     if pipeline.experiment.align and pipeline.experiment.align.teacher == "mllm":
         parts.append(replace(_asking(pipeline.experiment), once="told"))
     parts += [replace(stage, once=pipeline.experiment.rounds_key()) for stage in _rounds(pipeline.experiment)]
@@ -356,17 +360,8 @@ def language_of(name: str, dtype: str) -> Language:
     """
     config = _config(BUNDLED.get(name, name))
     config.dtype = PRECISIONS[dtype]
-    text, vision = config.text_config, config.vision_config
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads) / text.num_attention_heads
-    layer = text.hidden_size**2 * (2 + 2 * heads) + 3 * text.hidden_size * text.intermediate_size
-    tower = vision.num_hidden_layers * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
-    return Language(
-        config,
-        round(text.num_hidden_layers * layer + text.vocab_size * text.hidden_size),
-        tower,
-        (vision.image_size // vision.patch_size) ** 2,
-        PRECISIONS[dtype].itemsize,
-    )
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return Language(config, *count_weights(config), patches, PRECISIONS[dtype].itemsize)
 
 
 def _config(name: str):
@@ -392,8 +387,7 @@ def pool_size(experiment: Experiment) -> int:
     """Pictures of the server's pool that are used; of a folder of the user's own, what is in it, if it is here."""
     known = POOLS.get(experiment.pool)
     if known is None:
-        folder = Path(experiment.pool)
-        known = sum(1 for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else POOLS["cc595k"]
+        known = len(folder_source(experiment.pool)) if Path(experiment.pool).is_dir() else POOLS["cc595k"]
     return min(known, experiment.pool_images) if experiment.pool_images else known
 
 

@@ -33,16 +33,17 @@ from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.memory import GIB
-from mllmfl_lite.needs import missing
+from mllmfl_lite.needs import listing, missing
 from mllmfl_lite.pipeline import Pipeline, run_pipeline, stage_one
 from mllmfl_lite.plan import MACHINES, Machine, Plan, in_words, make_plan, this_machine
 from mllmfl_lite.pretrain import PretrainSettings
 from mllmfl_lite.results import RESULTS
+from mllmfl_lite.settings import is_of
 
 HOME = RESULTS.parent  # of the repository: what paths in a file are seen from
 RUNS = HOME / "notebooks" / "runs"
 NOTEBOOK = RUNS / "run.ipynb"
-KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}
+KINDS = {kind.__name__: kind for kind in (int, float, str, bool, list)}
 STAGES = {"pretrain": PretrainSettings, "align": AlignSettings}  # switched by their name, set by name_...
 
 
@@ -117,7 +118,7 @@ def _problem(key: object, value: object, known: dict[str, Parameter]) -> str:
         near = difflib.get_close_matches(str(key), known, 1)
         return f"{key!r} is no parameter of {NOTEBOOK.name}" + (f"; is {near[0]!r} meant?" if near else "")
     kind = known[key].kind
-    if isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool)):
+    if is_of(value, KINDS[kind]):
         return ""
     number = kind == "float" and isinstance(value, str) and _is_number(value)
     hint = f"; YAML reads {value} as text, write {float(value):.1e}".replace("e-0", "e-") if number else ""
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.stage1:
         tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None, chosen.device)
     if lacking:
-        print("\nnot here, and not fetched for you:", *(f"  {need}" for need in lacking), sep="\n", file=sys.stderr)
+        print(f"\n{listing(lacking)}", file=sys.stderr)
     if chosen.plan or lacking:
         return 0 if chosen.plan else 3
     if chosen.stage1:
@@ -297,8 +298,7 @@ def _tell_several(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) 
     for run, plan in zip(todo, plans, strict=True):
         own = 0.0
         for stage in plan.stages:
-            where = run.folder / run.values["stage1"] if stage.name.startswith("stage 1") else run.folder
-            key = (where.resolve(), stage.name, stage.once)
+            key = ((run.folder / stage.folder).resolve(), stage.name, stage.once)
             own += 0.0 if stage.once and key in counted else stage.seconds(machine)
             counted.add(key)
         spent.setdefault(run.name, []).append(own)

@@ -9,6 +9,13 @@ import torch
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def is_of(value: object, kind: type) -> bool:
+    """Whether a value from a file is of a parameter's type: whole numbers may be floats, booleans are no numbers."""
+    if kind is not bool and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def check_whole(settings: object, *names: str) -> None:
     """Raise `ValueError` unless these attributes are whole numbers of at least 1."""
     for name in names:

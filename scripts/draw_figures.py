@@ -342,6 +342,19 @@ def alignment_figure():
     save("05_alignment.svg", 810, 264, "Global alignment on a balanced set that the teacher chose", *parts)
 
 
+def chain(steps, height):
+    """Boxes in a row, an arrow between each and the next: (name, what it is, fill, colour of the name) for each."""
+    parts = []
+    for i, (name, rows, fill, colour) in enumerate(steps):
+        x = 12 + 160 * i
+        parts += [box(x, 20, 138, height, fill), text(x + 69, 52, name, 15.5, colour, weight="600")]
+        parts += [lines(x + 69, 84, rows, 13, INK)]
+        if i < len(steps) - 1:
+            middle = 20 + height // 2
+            parts.append(arrow(x + 140, middle, x + 156, middle))
+    return parts
+
+
 def pipeline_figure():
     steps = [
         ("annotations", ["what the MLLM says", "of web pictures"], SERVER, LARGE),
@@ -350,33 +363,19 @@ def pipeline_figure():
         ("aligned", ["after stage 3"], SERVER, SMALL),
         ("results", ["figures, seeds,", "revision, device"], "#f2f4f6", INK),
     ]
-    parts = []
-    for i, (name, rows, fill, colour) in enumerate(steps):
-        x = 12 + 160 * i
-        parts += [box(x, 20, 138, 118, fill), text(x + 69, 52, name, 15.5, colour, weight="600")]
-        parts += [lines(x + 69, 84, rows, 13, INK)]
-        if i < 4:
-            parts.append(arrow(x + 140, 79, x + 156, 79))
-    parts.append(text(400, 166, "one folder: what is there, with the same settings, is not made again", 13.5, QUIET))
-    save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *parts)
+    under = text(400, 166, "one folder: what is there, with the same settings, is not made again", 13.5, QUIET)
+    save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *chain(steps, 118), under)
 
 
 def run_figure():
     steps = [
-        ("file", SERVER, INK, ["parameters;", "wrong lines are", "named before", "it starts"]),
-        ("plan", SERVER, INK, ["hours, memory,", "disk, downloads", "and their terms"]),
-        ("run", CLIENT, INK, ["a checkpoint", "each round;", "kill it, and", "it goes on"]),
-        ("results", "#eaf5f0", SMALL, ["seed, commit,", "versions, device,", "each round"]),
-        ("page", "#eaf5f0", SMALL, ["written from the", "files; what is", "not run is an", "empty cell"]),
+        ("file", ["parameters;", "wrong lines are", "named before", "it starts"], SERVER, INK),
+        ("plan", ["hours, memory,", "disk, downloads", "and their terms"], SERVER, INK),
+        ("run", ["a checkpoint", "each round;", "kill it, and", "it goes on"], CLIENT, INK),
+        ("results", ["seed, commit,", "versions, device,", "each round"], "#eaf5f0", SMALL),
+        ("page", ["written from the", "files; what is", "not run is an", "empty cell"], "#eaf5f0", SMALL),
     ]
-    parts = []
-    for i, (name, fill, colour, rows) in enumerate(steps):
-        x = 16 + 158 * i
-        parts += [box(x, 20, 138, 126, fill), text(x + 69, 50, name, 15.5, colour, weight="600")]
-        parts += [lines(x + 69, 78, rows, 13, INK)]
-        if i < 4:
-            parts.append(arrow(x + 140, 83, x + 156, 83))
-    save("10_paper_scale.svg", 804, 166, "From a file of parameters to a page of results", *parts)
+    save("10_paper_scale.svg", 812, 170, "From a file of parameters to a page of results", *chain(steps, 130))
 
 
 def recipe_figure():

@@ -121,6 +121,7 @@ def test_committed_results_have_the_parameters_of_their_file():
         ("rounds: true", "rounds must be of type int; got True, of type bool"),
         ("lr: 1e-4", "lr must be of type float; got '1e-4', of type str; YAML reads 1e-4 as text, write 1.0e-4"),
         ("width: '16'", "width must be of type int; got '16', of type str"),
+        ("lr: true", "lr must be of type float; got True, of type bool"),
         ("align: 1", "align must be of type bool; got 1, of type int"),
         ("dataset: 10", "dataset must be of type str; got 10, of type int"),
         ("rounds: 5\nrounds: 6", "the key 'rounds' stands twice"),
