@@ -55,11 +55,12 @@ DECODED_AT_ONCE = 64  # answers that are written side by side
 PROBE = 2e10  # operations of a client in one call of the probe, at most
 DECODED = 150  # JPEG pictures of ImageNet's size that a core decodes and crops in a second
 
-# Operations on one picture, and bytes of the weights, of a CLIP's image encoder: both from its architecture.
+# Operations on one picture, and bytes of the weights, of a CLIP's image encoder, as torch counts them: `image_cost` of
+# those that can be had, the architecture of the last.
 CLIPS = {
     "tiny_clip": (36_716_544, 5_383_136),
-    "efficientnet_lite2": (1_750_000_000, 24_000_000),
-    "ViT-B-32-quickgelu:openai": (8_730_000_000, 352_000_000),
+    "efficientnet_lite2": (847_795_072, 24_368_288),
+    "ViT-B-32-quickgelu:openai": (8_725_463_040, 351_396_864),
 }
 
 
@@ -96,7 +97,7 @@ class Machine:
 # 40 % of the dense bf16 peak for matrix products, 70 % of the memory's bandwidth, a twentieth of the peak for a compact
 # model, 100 kernels of 25 microseconds a training step, 16 cores that decode pictures.
 MACHINES = {
-    "laptop": Machine("a laptop, two cores", 67e9, 320e9, 32e9, 0.0, 1e-4, 2 * DECODED, 24 * GIB, measured=True),
+    "laptop": Machine("two cores, measured", 67e9, 320e9, 32e9, 0.0, 1e-4, 2 * DECODED, 24 * GIB, measured=True),
     "a100": Machine("A100 80 GB, reckoned", 16e12, 125e12, 1.4e12, 2.5e-3, 5e-4, 16 * DECODED, 80 * GIB),
     "h100": Machine("H100 80 GB, reckoned", 49e12, 396e12, 2.3e12, 2.5e-3, 5e-4, 16 * DECODED, 80 * GIB),
 }
@@ -111,7 +112,7 @@ class Stage:
         name: what is done.
         flops: operations of the compact model.
         matmul: operations of a frozen large model.
-        read: bytes of weights that are read, once for each token that is written.
+        read: bytes of weights and of the cache that are read for each token that is written.
         steps: training steps, one after the other.
         small_steps: steps on synthetic features.
         pictures: read from files.
@@ -177,8 +178,10 @@ class Plan:
             lines.append(f"{stage.name:52s} {spent:>10s} {stage.memory / GIB:6.2f} GiB {stage.disk / GIB:6.2f} GiB")
         lines.append(f"{'in all':52s} {in_words(3600 * self.hours):>10s} {self.memory / GIB:6.2f} GiB "
                      f"{self.disk / GIB:6.2f} GiB")  # fmt: skip
-        how = "rates measured" if self.machine.measured else "rates reckoned, not measured"
-        return "\n".join([*lines, f"on {self.machine.name} ({how}); expect half to twice the time"])
+        how = "rates measured); expect half to twice the time"
+        if not self.machine.measured:
+            how = "rates reckoned, not measured); no run has checked them"
+        return "\n".join([*lines, f"on {self.machine.name} ({how}"])
 
 
 def in_words(seconds: float) -> str:
@@ -394,13 +397,15 @@ def pool_size(experiment: Experiment) -> int:
 def _annotating(pipeline: Pipeline) -> Stage:
     experiment = pipeline.experiment
     pictures, mllm = pool_size(experiment), language_of(experiment.mllm, experiment.mllm_dtype)
-    cache = 2 * DECODED_AT_ONCE * (mllm.patches + PROMPT + ANSWER) * mllm.width
-    layers, hidden = mllm.config.text_config.num_hidden_layers, mllm.config.text_config.hidden_size
+    tokens = DECODED_AT_ONCE * (mllm.patches + PROMPT + ANSWER)
+    text = mllm.config.text_config
+    share = getattr(text, "num_key_value_heads", text.num_attention_heads) / text.num_attention_heads
+    cache = 2 * tokens * text.num_hidden_layers * text.hidden_size * share * mllm.width  # keys and values
     return Stage(
         f"stage 1: the MLLM describes {pictures:,} pictures",
         matmul=mllm.reading(pictures, PROMPT + ANSWER),
-        read=pictures / DECODED_AT_ONCE * ANSWER * mllm.width * mllm.weights,
-        memory=round((mllm.size + cache * layers * hidden) * (1 + OVERHEAD)),
+        read=pictures / DECODED_AT_ONCE * ANSWER * (mllm.width * mllm.weights + cache),
+        memory=round((mllm.size + cache) * (1 + OVERHEAD)),
         disk=pictures * 600,
         spread=True,
     )

@@ -44,6 +44,8 @@ files in `results/`; a test compares it with them.
   of the classes with the most and the fewest pictures.
 - **Time** is what the rounds of one seed took, in the mean, without stages 1 and 3: here on one core of two that were
   both at work, and with other work beside them at times. Figures with stage 3 are of one aligned model.
+- **What they say** is read in [chapter 6](../notebooks/06_three_stages_together.ipynb), beside controls and paired
+  tests. With stand-ins that know these classes, they do not test the paper's claim.
 - **Below each table** stand device, version and the commits that its runs were made from.
 - **Empty cells stay empty** and say what would fill them: what to fetch, and what one run takes on one H100 from
   nothing, by the [cost model](api.md). That is reckoned, not measured.

@@ -15,6 +15,7 @@ from mllmfl_lite.memory import GIB
 from mllmfl_lite.models import build_model
 from mllmfl_lite.pipeline import Pipeline
 from mllmfl_lite.plan import (
+    CLIPS,
     MACHINES,
     Machine,
     Stage,
@@ -26,8 +27,8 @@ from mllmfl_lite.plan import (
     training_memory,
 )
 from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import committed_results
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.results import committed_results, reported
+from mllmfl_lite.teacher import load_clip, load_mllm
 
 REAL = Experiment(mllm="llava-hf/llava-1.5-7b-hf", mllm_dtype="bfloat16", pool="cc595k", image_size=32)
 LEAN = PretrainSettings(epochs=1, batch_size=16, precision="bfloat16", gradient_checkpointing=True)
@@ -76,12 +77,25 @@ def test_the_size_of_a_language_model():
         language_of("some/llm", "float32")
 
 
+def test_what_a_clip_costs_is_what_it_says_itself():
+    assert CLIPS["tiny_clip"] == load_clip(device="cpu").image_cost()
+
+
+def test_describing_reads_weights_and_cache_for_every_token():
+    """LLaVA-1.5-7B: 13.2 GB of weights, and 64 answers' keys and values, half a megabyte a token."""
+    described = Pipeline(replace(REAL, pool_images=64), LEAN, annotations="new")
+    first, second = make_plan(described, MACHINES["h100"]).stages[:2]
+    weights = 2 * language_of("llava-hf/llava-1.5-7b-hf", "bfloat16").weights
+    assert first.read == 60 * (weights + 64 * 676 * 2 * 32 * 4096 * 2) and second.read == 0
+
+
 def test_pretraining_takes_about_as_long_as_llavas_did():
-    """LLaVA-1.5's own: 558,000 texts, the same model and tokens, 3.5 hours on eight A100 (Liu et al., 2023)."""
-    pipeline = Pipeline(replace(REAL, pool_images=558_000), LEAN, annotations="new")
+    """Its authors' own run had the same model and as many visual tokens."""
+    theirs = reported()["llava_1_5_pretraining"]
+    pipeline = Pipeline(replace(REAL, pool_images=theirs["texts"]), LEAN, annotations="new")
     eight = replace(MACHINES["a100"], gpus=8)
     hours = stages(pipeline)["stage 1"].seconds(eight) / 3600
-    assert 0.5 * 3.5 < hours < 2 * 3.5
+    assert 0.5 * theirs["hours"] < hours < 2 * theirs["hours"]
 
 
 def test_hours_follow_from_rates():
