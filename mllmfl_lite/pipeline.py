@@ -82,6 +82,14 @@ class Pipeline:
                 "annotations to 'new', so that the MLLM is asked, or pool back"
             )
 
+    @property
+    def started(self) -> Experiment:
+        """Stages 2 and 3 as they are run: from the weights of stage 1, where there is one."""
+        if not self.pretrain:
+            return self.experiment
+        weights = f"{self.stage1}/seed{self.experiment.settings.seed}.safetensors"
+        return replace(self.experiment, start=weights)
+
     def with_seed(self, seed: int) -> Pipeline:
         """The same with another seed, in every stage."""
         return replace(self, experiment=self.experiment.with_seed(seed))
@@ -106,11 +114,9 @@ def run_pipeline(
     Raises:
         ResultError: the folder has pretrained weights or results of other settings; the differences are named.
     """
-    experiment = pipeline.experiment
     if pipeline.pretrain:
-        made = stage_one(pipeline, Path(folder), device)
-        experiment = replace(experiment, start=f"{pipeline.stage1}/{made.name}")
-    return run_experiment(experiment, folder, device, label=label, together=together)
+        stage_one(pipeline, Path(folder), device)
+    return run_experiment(pipeline.started, folder, device, label=label, together=together)
 
 
 def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
@@ -121,7 +127,7 @@ def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
     """
     experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
     folder.mkdir(parents=True, exist_ok=True)  # or nothing could be seen from it
-    path = folder / pipeline.stage1 / f"seed{seed}.safetensors"
+    path = folder / pipeline.started.start
     asked = {
         "pretrain": asdict(replace(pipeline.pretrain, seed=seed)),
         "kind": pipeline.kind, "annotations": pipeline.annotations, "pixels": pipeline.pixels,

@@ -207,7 +207,7 @@ def make_plan(pipeline: Pipeline, machine: Machine) -> Plan:
         parts.append(replace(_pretraining(pipeline), once=f"seed {seed}", folder=pipeline.stage1))
     if pipeline.experiment.align and pipeline.experiment.align.teacher == "mllm":
         parts.append(replace(_asking(pipeline.experiment), once="told"))
-    parts += [replace(stage, once=pipeline.experiment.rounds_key()) for stage in _rounds(pipeline.experiment)]
+    parts += [replace(stage, once=pipeline.started.rounds_key()) for stage in _rounds(pipeline.experiment)]
     if pipeline.experiment.align:
         parts.append(_aligning(pipeline.experiment, pipeline.experiment.align))
     return Plan(parts, machine)

@@ -293,23 +293,26 @@ def tell_plan(todo: Sequence[Run], machine: Machine | None, device: str) -> None
 
 
 def _tell_several(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) -> None:
-    counted: set[tuple] = set()
-    spent: dict[str, list[float]] = {}
-    for run, plan in zip(todo, plans, strict=True):
-        own = 0.0
-        for stage in plan.stages:
-            key = ((run.folder / stage.folder).resolve(), stage.name, stage.once)
-            own += 0.0 if stage.once and key in counted else stage.seconds(machine)
-            counted.add(key)
-        spent.setdefault(run.name, []).append(own)
+    spent = own_seconds(todo, plans, machine)
     memory = {run.name: plan.memory for run, plan in zip(todo, plans, strict=True)}
     for name, seconds in spent.items():
-        print(
-            f"  {name:50s} {len(seconds)} x {in_words(sum(seconds) / len(seconds)):>8s} {memory[name] / GIB:6.2f} GiB"
-        )
+        each = f"{len(seconds)} x {in_words(sum(seconds) / len(seconds)):>8s}"
+        print(f"  {name:50s} {each} {memory[name] / GIB:6.2f} GiB")
     total = sum(map(sum, spent.values()))
     print(f"  {'in all, one after the other':54s} {in_words(total):>8s} {max(memory.values()) / GIB:6.2f} GiB")
     print(f"on {machine.name}; what runs share is counted with the first of them")
+
+
+def own_seconds(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) -> dict[str, list[float]]:
+    """Seconds of each file's seeds, without what an earlier run of the list has done for it."""
+    counted: set[tuple] = set()
+    spent: dict[str, list[float]] = {}
+    for run, plan in zip(todo, plans, strict=True):
+        keys = [((run.folder / stage.folder).resolve(), stage.name, stage.once) for stage in plan.stages]
+        new = [stage for stage, key in zip(plan.stages, keys, strict=True) if not stage.once or key not in counted]
+        spent.setdefault(run.name, []).append(sum(stage.seconds(machine) for stage in new))
+        counted.update(keys)
+    return spent
 
 
 def run_all(todo: Sequence[Run], device: str) -> int:

@@ -249,6 +249,24 @@ def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_work_that_runs_share_is_counted_once():
+    machine = runs.MACHINES["h100"]
+    names = [f"paper/cifar10_lt_if{f}/{m}" for f in (100, 50) for m in ("fedavg", "stage3", "mllm_llava_fl")]
+    todo = runs.read_runs(find_files(names), [0, 1])
+    plans = [runs.make_plan(run.pipeline, machine) for run in todo]
+    spent = runs.own_seconds(todo, plans, machine)
+    whole, third, other = (3600 * plans[i].hours for i in (0, 2, 5))
+    described, learned, scored = (stage.seconds(machine) for stage in plans[2].stages[:3])
+    aligned = plans[1].stages[-1].seconds(machine)
+    assert spent[names[0]] == pytest.approx([whole, whole])  # another seed has rounds of its own
+    # stages 2 and 3: FedAvg's rounds are there, and with the second seed the MLLM's answers, too
+    assert spent[names[1]] == pytest.approx([scored + aligned, aligned])
+    # all stages: rounds of their own, since they start elsewhere; pictures are described once, for both seeds
+    assert spent[names[2]] == pytest.approx([third - scored, third - scored - described])
+    # the other imbalance finds all of stage 1 in the folder that both share, for both seeds
+    assert spent[names[5]] == pytest.approx([other - described - learned - scored] * 2)
+
+
 def test_what_does_not_fit_is_said(capsys):
     (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
     for memory, fits in ((40, False), (80, True)):

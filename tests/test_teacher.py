@@ -333,3 +333,26 @@ def test_no_images_and_no_batch(clip):
         clip.features([])
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         load_clip(batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "asked"),
+    [
+        ("ViT-B-32-quickgelu:openai", None, ("ViT-B-32-quickgelu", "openai")),
+        ("ViT-L-14", "openai", ("ViT-L-14", "openai")),
+        ("tiny_clip", None, (f"local-dir:{TINY_CLIP}", None)),
+    ],
+)
+def test_a_clips_tag_may_follow_its_name(monkeypatch, name, tag, asked):
+    import open_clip
+
+    seen = []
+
+    def create(model, pretrained, require_pretrained):
+        seen.append((model, pretrained))
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    with pytest.raises(TeacherError, match="not here"):
+        load_clip(name, tag)
+    assert seen == [asked]
