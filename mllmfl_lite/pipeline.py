@@ -84,7 +84,7 @@ class Pipeline:
 
     @property
     def started(self) -> Experiment:
-        """Stages 2 and 3 as they are run: from the weights of stage 1, where there is one."""
+        """Stages 2 and 3 as they are run, from the weights of stage 1 where there is one."""
         if not self.pretrain:
             return self.experiment
         weights = f"{self.stage1}/seed{self.experiment.settings.seed}.safetensors"
