@@ -24,7 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from bench_rounds import CLIENTS, CORES, IMAGES
+from bench_rounds import CLIENTS, CORES, IMAGES, work
+from torch.profiler import ProfilerActivity, profile
+
+from mllmfl_lite.batches import Batches
+from mllmfl_lite.federated import FedAvg, train_client
 
 HERE = Path(__file__).resolve().parent
 OURS = "ours"
@@ -199,6 +203,24 @@ def row(name, runs, ours, memory):
     )
 
 
+def floor(width):
+    """Seconds a round that the convolutions take in torch, forward and backward, shared out over the cores.
+
+    What is left of a round if all else took no time, and each core were as fast as one alone.
+    """
+    model, data, split, settings = work(width)
+    model.to(memory_format=torch.channels_last)
+    anchor, batches = {name: tensor.clone() for name, tensor in model.state_dict().items()}, Batches(data)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for client, own in enumerate(split):
+            train_client(model, batches, torch.as_tensor(own), FedAvg(), settings, anchor, 1, client)
+    torch.set_num_threads(threads)
+    convolutions = [e for e in profiled.key_averages() if e.key.startswith("aten::") and "conv" in e.key]
+    return sum(event.self_cpu_time_total for event in convolutions) / 1e6 / CORES
+
+
 HEAD = f"""\
 {"":36s} {"s a round":>13s} {"ours is":>19s} {"first":>8s} {"start-up":>9s} {"MB, sum":>7s} {"shared":>7s}
 {"":36s} {"median":>6s} {"best":>6s} {"faster by":>19s} {"round, s":>8s} {"s":>9s} {"of all":>7s} {"once":>7s}"""
@@ -214,6 +236,7 @@ def report(names, width, rounds, repeats):
     print(f"{repeats} runs of {rounds} rounds, the first round of each apart\n{HEAD}")
     for name in names:
         print(row(name, runs[name], runs[OURS], memory[name]), flush=True)
+    print(f"{'the convolutions alone':36s} {floor(width):6.2f}")
 
 
 def main():

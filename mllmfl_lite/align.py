@@ -62,7 +62,9 @@ class ServerSet:
         return len(self.rows)
 
 
-def ask_teacher(teacher: Teacher, pool: ImageSet, names: Sequence[str], folder: str | Path = "") -> Tensor:
+def ask_teacher(
+    teacher: Teacher, pool: ImageSet, names: Sequence[str], folder: str | Path = "", what: str = "class_probabilities"
+) -> Tensor:
     """The teacher's distribution over the class names for each image of the pool, float32 (N, C).
 
     Args:
@@ -70,13 +72,16 @@ def ask_teacher(teacher: Teacher, pool: ImageSet, names: Sequence[str], folder: 
         pool: open images on the server.
         names: the clients' class names.
         folder: where answers are kept, a file for each teacher, pool and list of names; empty keeps nothing.
+        what: ``"class_logits"`` for logits in place of probabilities.
     """
+    ask = getattr(teacher, what)
     if not folder:
-        return teacher.class_probabilities(pool.images, names)
-    digest = hashlib.sha256("\n".join([teacher.identity, pool.checksum(), *names]).encode()).hexdigest()
+        return ask(pool.images, names)
+    asked = [teacher.identity, pool.checksum(), *names, *([what] if what != "class_probabilities" else [])]
+    digest = hashlib.sha256("\n".join(asked).encode()).hexdigest()
     path = Path(folder) / f"{teacher.identity}-{digest[:12]}.safetensors"
     if not path.exists():
-        told = teacher.class_probabilities(pool.images, names)
+        told = ask(pool.images, names)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, safetensors.torch.save({"told": told.contiguous()}))
     return safetensors.torch.load_file(path)["told"]

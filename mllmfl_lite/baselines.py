@@ -10,6 +10,7 @@ where those leave something open, the docstring says "our reading".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -237,14 +238,20 @@ class CLIP2FL(CReFF):
             )
 
     @classmethod
-    def for_clients(cls, train: ImageSet, clip: str = "tiny_clip", **options: float) -> CLIP2FL:
-        """Ask the teacher of that name (see `load_zero_shot`) about the clients' images and the class names."""
+    def for_clients(
+        cls, train: ImageSet, clip: str = "tiny_clip", folder: str | Path = "", **options: float
+    ) -> CLIP2FL:
+        """Ask the teacher of that name (see `load_zero_shot`) about the clients' images and the class names.
+
+        Answers about images are kept in the folder, and read from there the next time; without one nothing is kept.
+        """
+        from mllmfl_lite.align import ask_teacher  # built on this module
         from mllmfl_lite.imagenet_teacher import load_zero_shot  # slow to import; the other methods do not need it
 
         teacher = load_zero_shot(clip or "tiny_clip")
         flops, size = teacher.image_cost()
         return cls(
-            clip_logits=teacher.class_logits(train.images, train.names),
+            clip_logits=ask_teacher(teacher, train, train.names, folder, "class_logits"),
             text_features=teacher.class_features(train.names),
             clip_flops=flops,
             clip_bytes=size,

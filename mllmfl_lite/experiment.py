@@ -123,10 +123,10 @@ class Experiment:
         train = full.subset(chosen)
         return train, split_clients(self.split, train.labels, self.num_clients, self.alpha, seed)
 
-    def build_method(self, train: ImageSet) -> FedAvg:
-        """The method object for these clients' images."""
+    def build_method(self, train: ImageSet, folder: str | Path = "") -> FedAvg:
+        """The method object for these clients' images; what it asks a CLIP is kept in the folder, if there is one."""
         kind = pkgutil.resolve_name(self.method) if ":" in self.method else METHODS[self.method]
-        return kind.for_clients(train, self.clip, **self.method_options)
+        return kind.for_clients(train, self.clip, folder, **self.method_options)
 
     def build_model(self, num_classes: int, folder: str | Path = "") -> CompactModel:
         """The model that the rounds start from; a pretrained one is given a fresh head.
@@ -166,6 +166,7 @@ def run_experiment(
     label: str = "",
     ask: Ask | None = None,
     together: bool | Together = False,
+    shared: str = ".",
 ) -> dict:
     """Run it, or take it from its results file.
 
@@ -179,6 +180,7 @@ def run_experiment(
         ask: how clients are asked that are not threads of this process, see `run_federated`.
         together: whether clients are trained side by side, see `run_federated`. Recorded, but no part of what a run is.
         label: the name of the run in the folder and on the progress bar; default the method's.
+        shared: where ``told/``, the teachers' answers, is kept, seen from the folder.
 
     Returns:
         A dictionary with parameters, summary, history, data and provenance; with stage 3, `aligned` holds its metrics,
@@ -197,8 +199,9 @@ def run_experiment(
     test = load_images(experiment.dataset, "test", experiment.image_size)
     model = experiment.build_model(train.num_classes, folder)
     start = sha256_arrays(t.numpy() for t in model.state_dict().values())
-    chosen = _server_set(experiment, train.names, device, folder) if experiment.align else None
-    method = experiment.build_method(train)
+    told = Path(folder) / shared / "told" if folder else ""
+    chosen = _server_set(experiment, train.names, device, told) if experiment.align else None
+    method = experiment.build_method(train, told)
     if chosen and experiment.align.when == "each round":
         method = AlignEachRound(chosen, experiment.align, model)
     rounds = run_federated(
@@ -247,7 +250,7 @@ def _keep(model: CompactModel, experiment: Experiment, folder: str | Path, name:
 
 def _server_set(experiment: Experiment, names, device, folder: str | Path) -> ServerSet:
     pool, wanted = load_pool(experiment), experiment.align
-    told = ask_teacher(load_teacher(experiment, device), pool, names, Path(folder) / "told" if folder else "")
+    told = ask_teacher(load_teacher(experiment, device), pool, names, folder)
     chosen = draw_server_set(pool, told, names, wanted.per_class, wanted.without)
     return replace(chosen, told=evened(chosen.told, told)) if wanted.even else chosen
 

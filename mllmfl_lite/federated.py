@@ -112,8 +112,11 @@ class FedAvg:
     clip_bytes: ClassVar[int] = 0  # of its weights
 
     @classmethod
-    def for_clients(cls, train: ImageSet, clip: str = "", **options: float) -> FedAvg:
-        """The method with its options, for these clients' images; a method that asks a CLIP on the client loads it."""
+    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: float) -> FedAvg:
+        """The method with its options, for these clients' images.
+
+        A method that asks a CLIP on the client loads the one of that name, and keeps its answers in the folder.
+        """
         return cls(**options)
 
     def to(self, device: torch.device | str) -> FedAvg:

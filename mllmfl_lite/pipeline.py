@@ -6,12 +6,12 @@
 Each step leaves a file and is skipped where its file is there and was made with the same settings. So a run can be
 killed at any moment, goes on where it was, and can be carried to another machine with its folder:
 
-    stage1/annotations.jsonl   what the MLLM said of the web pictures, as it comes
-    stage1/seed0.safetensors   the compact model after stage 1, and beside it .json: what it was made with
-    told/                      the teacher's answers about the web pictures
-    checkpoints/               of stages 1 and 2, after so many steps and each round
-    models/                    ...-federated.safetensors after stage 2, ...-aligned.safetensors after stage 3
-    <label>_seed0.json         the results
+    stage1/annotations.jsonl          what the MLLM said of the web pictures, as it comes
+    stage1/resnet8_seed0.safetensors  the compact model after stage 1, and beside it .json: what it was made with
+    told/                             the teachers' answers, about the web pictures and, for CLIP2FL, the clients'
+    checkpoints/                      of stages 1 and 2, after so many steps and each round
+    models/                           ...-federated.safetensors after stage 2, ...-aligned.safetensors after stage 3
+    <label>_seed0.json                the results
 
 Several experiments may share a folder, and share what they have in common.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import filelock
 
@@ -61,8 +61,9 @@ class Pipeline:
             `mllmfl_lite.annotate` writes it (``....jsonl``). What is empty, cut off or looping is left out.
         pixels: the side at which the compact model looks at pictures from files in stage 1; 0: the experiment's
             `image_size`. Its feature map must fit the MLLM's tokens: ResNet-50 at 384 has 12 x 12, LLaVA-1.5 24 x 24.
-        stage1: the folder of annotations and pretrained weights, seen from the run's. Runs of several folders that
-            differ after stage 1 only may share it: ``"../stage1"``.
+        shared: where ``stage1/`` and ``told/`` are, seen from the run's folder. With ``".."`` the runs of neighbouring
+            folders have them in common: the MLLM describes a pool once and answers about it once for each list of
+            class names, and each compact model is pretrained once a seed.
     """
 
     experiment: Experiment
@@ -70,7 +71,7 @@ class Pipeline:
     kind: str = "detailed_description"
     annotations: str = "bundled"
     pixels: int = 0
-    stage1: str = "stage1"
+    shared: str = "."
 
     def __post_init__(self) -> None:
         check_choice(self, kind=KINDS)
@@ -87,8 +88,8 @@ class Pipeline:
         """Stages 2 and 3 as they are run, from the weights of stage 1 where there is one."""
         if not self.pretrain:
             return self.experiment
-        weights = f"{self.stage1}/seed{self.experiment.settings.seed}.safetensors"
-        return replace(self.experiment, start=weights)
+        weights = f"{self.experiment.model}_seed{self.experiment.settings.seed}.safetensors"
+        return replace(self.experiment, start=(PurePath(self.shared) / "stage1" / weights).as_posix())
 
     def with_seed(self, seed: int) -> Pipeline:
         """The same with another seed, in every stage."""
@@ -116,7 +117,7 @@ def run_pipeline(
     """
     if pipeline.pretrain:
         stage_one(pipeline, Path(folder), device)
-    return run_experiment(pipeline.started, folder, device, label=label, together=together)
+    return run_experiment(pipeline.started, folder, device, label=label, together=together, shared=pipeline.shared)
 
 
 def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:

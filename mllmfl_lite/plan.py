@@ -202,11 +202,11 @@ def make_plan(pipeline: Pipeline, machine: Machine) -> Plan:
     parts: list[Stage] = []
     if pipeline.pretrain:
         if pipeline.annotations == "new":
-            parts.append(replace(_annotating(pipeline), once="annotations", folder=pipeline.stage1))
-        seed = pipeline.experiment.settings.seed
-        parts.append(replace(_pretraining(pipeline), once=f"seed {seed}", folder=pipeline.stage1))
+            parts.append(replace(_annotating(pipeline), once="annotations", folder=f"{pipeline.shared}/stage1"))
+        weights = Path(pipeline.started.start)
+        parts.append(replace(_pretraining(pipeline), once=weights.name, folder=weights.parent.as_posix()))
     if pipeline.experiment.align and pipeline.experiment.align.teacher == "mllm":
-        parts.append(replace(_asking(pipeline.experiment), once="told"))
+        parts.append(replace(_asking(pipeline.experiment), once="told", folder=pipeline.shared))
     parts += [replace(stage, once=pipeline.started.rounds_key()) for stage in _rounds(pipeline.experiment)]
     if pipeline.experiment.align:
         parts.append(_aligning(pipeline.experiment, pipeline.experiment.align))

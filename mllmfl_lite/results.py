@@ -7,6 +7,7 @@ import functools
 import json
 import platform
 import subprocess
+from bisect import bisect_left
 from importlib import metadata
 from pathlib import Path
 
@@ -108,19 +109,50 @@ def committed_results(benchmark: str) -> list[dict]:
     return load_results(RESULTS / benchmark)
 
 
-# Student's t, two-sided 5 %, by degrees of freedom
-T_CRITICAL = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
 def beyond_chance(differences: list[float]) -> bool:
-    """Whether paired differences have a mean other than zero, by a t-test at 5 %; a single one never has.
+    """Whether paired differences have a mean other than zero, by a t-test at 5 %, two-sided; a single one never has.
 
     Raises:
-        ValueError: none, or more than ten differences.
+        ValueError: there are none.
     """
+    from scipy.stats import t  # slow to import
+
+    if len(differences) == 0:
+        raise ValueError("a t-test needs differences, one for each seed that both methods have; got none")
     if len(differences) == 1:
         return False
-    if len(differences) - 1 not in T_CRITICAL:
-        raise ValueError(f"the t-test here takes 1 to 10 differences; got {len(differences)}")
     mean, spread = mean_and_spread(differences)
-    return abs(mean) > T_CRITICAL[len(differences) - 1] * spread / len(differences) ** 0.5
+    return abs(mean) > t.ppf(0.975, len(differences) - 1) * spread / len(differences) ** 0.5
+
+
+def seeds_needed(points: float, variance: float, power: float = 0.8, paired: bool = False) -> int:
+    """Seeds that each of two methods needs, until a two-sided t-test at 5 % finds their difference.
+
+    Exact for normal figures (noncentral t, Cohen, 1988); for two samples both are taken to vary alike.
+
+    Args:
+        points: the difference, in the figures' unit.
+        variance: of a pair's difference over seeds if `paired`, otherwise the sum of the methods' variances.
+        power: the chance to find it, in (0, 1).
+        paired: whether both run with the same clients and batches for each seed, and pairs are compared.
+
+    Returns:
+        At least 2; and at most 10,000, which stands for more.
+
+    Raises:
+        ValueError: a difference of nothing, a negative variance, or a chance outside of (0, 1).
+    """
+    if not (points and 0 < power < 1 and variance >= 0):
+        raise ValueError(
+            f"a difference that is not zero, a variance and a chance in (0, 1) are needed; got {points}, {variance} "
+            f"and {power}"
+        )
+    return 2 + bisect_left(range(2, 10_000), power, key=lambda n: _chance_to_find(abs(points), variance, n, paired))
+
+
+def _chance_to_find(points: float, variance: float, seeds: int, paired: bool) -> float:
+    from scipy.stats import nct, t  # slow to import
+
+    free = (seeds - 1) * (1 if paired else 2)
+    limit, shift = t.ppf(0.975, free), points / max(variance / seeds, 1e-300) ** 0.5
+    return float(nct.sf(limit, free, shift) + nct.cdf(-limit, free, shift)) if shift < 30 else 1.0

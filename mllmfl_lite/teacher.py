@@ -83,8 +83,13 @@ class Teacher:
 
     def _cost(self, look: Callable[[Tensor], Tensor], weights: torch.nn.Module) -> tuple[int, int]:
         """Floating-point operations of `look` on one picture, and the bytes of the weights that it uses."""
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            look(self.pixels([Image.new("RGB", (32, 32))]))
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # torch does not count inside of a fused attention layer
+        try:
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
+                look(self.pixels([Image.new("RGB", (32, 32))]))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
         return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights.parameters())
 
 

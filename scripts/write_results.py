@@ -14,11 +14,12 @@ from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import Need, needs
 from mllmfl_lite.plan import MACHINES, in_words, make_plan
 from mllmfl_lite.results import load_result, mean_and_spread, reported
-from mllmfl_lite.runs import Run, find_files, read_runs
+from mllmfl_lite.runs import Run, find_files, own_seconds, read_runs
 from mllmfl_lite.teaching import percent
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "results.md"
 SEEDS = range(10)
+SWEPT = range(3)
 NAMES = {"cifar10_mini": "CIFAR-10-LT, the bundled pictures", "cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
 SCALES = {
     "paper": "Paper scale",
@@ -134,7 +135,7 @@ def _table(benchmark: str) -> str:
         text += "".join(_filled(*row) for row in done) + "\n" + _made_with(done)
     if empty:
         inner = _head("method", "to fetch", "time on one H100", "GPU memory", "run")
-        inner += "".join(_missing(words, run) for words, run, _ in empty)
+        inner += "".join(_missing(words, run) for words, run, _ in empty) + "\n" + _sweep(benchmark, empty)
         text += f"```{{dropdown}} Not run yet: {len(empty)} of {len(done) + len(empty)}\n{inner}```\n\n"
     return text
 
@@ -169,6 +170,16 @@ def _missing(words: str, run: Run) -> str:
     plan = make_plan(run.pipeline, MACHINES["h100"])
     fetch = ", ".join(_short(need) for need in needs(run.pipeline)) or "nothing"
     return _row(words, fetch, in_words(3600 * plan.hours), f"{plan.memory / GIB:.1f} GiB", f"`{run.values['label']}`")
+
+
+def _sweep(benchmark: str, empty: list[tuple]) -> str:
+    """What all that is missing takes, three seeds each, with shared work done once."""
+    todo = _runs(benchmark, SWEPT)
+    todo = [run for run in todo if run.values["label"] in {of.values["label"] for _, of, _ in empty}]
+    machine = MACHINES["h100"]
+    spent = own_seconds(todo, [make_plan(run.pipeline, machine) for run in todo], machine)
+    total = in_words(sum(map(sum, spent.values())))
+    return f"All of them with {len(SWEPT)} seeds in one sweep, what they share done once: {total}.\n"
 
 
 def _short(need: Need) -> str:

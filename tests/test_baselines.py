@@ -12,6 +12,7 @@ from mllmfl_lite.batches import Batches
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import METHODS, FedAvg, FedSettings, run_federated
 from mllmfl_lite.repro import torch_generator
+from mllmfl_lite.teacher import ClipTeacher
 
 QUICK = FedSettings(rounds=2, clients_per_round=2, local_epochs=1, batch_size=16, lr=0.05)
 SMALL = {"per_class": 5, "match_steps": 5, "head_epochs": 3, "repeats": 2}
@@ -183,6 +184,18 @@ def test_clip_is_asked_about_the_clients_images():
     method = CLIP2FL.for_clients(few, "tiny_clip")
     assert method.clip_logits.shape == (6, 10) and method.clip_flops > 1e6 and method.clip_bytes > 1e6
     torch.testing.assert_close(method.text_features.norm(dim=1), torch.ones(10))
+
+
+def test_clips_answers_are_kept_and_not_asked_for_again(tmp_path, monkeypatch):
+    few = Experiment("cifar10_mini", num_clients=4).clients()[0].subset(np.arange(6))
+    experiment = Experiment(method="clip2fl")
+    fresh = experiment.build_method(few, tmp_path)
+    assert torch.equal(fresh.clip_logits, CLIP2FL.for_clients(few).clip_logits)
+    monkeypatch.setattr(ClipTeacher, "features", None)
+    again = experiment.build_method(few, tmp_path)
+    assert again.identity() == fresh.identity() and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(TypeError):  # other images are asked about
+        experiment.build_method(few.subset(np.arange(3)), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ in the rounds

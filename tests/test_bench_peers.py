@@ -56,6 +56,11 @@ def test_stamps_are_one_more_than_rounds():
     assert len(stamps) == 4 and stamps == sorted(stamps) and state["head.bias"].dtype == torch.float64
 
 
+def test_the_convolutions_are_a_part_of_a_round():
+    started = time.perf_counter()
+    assert 0 < bench_peers.floor(16) < (time.perf_counter() - started) / bench_peers.CORES
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
 def test_memory_counts_a_process_and_its_children():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

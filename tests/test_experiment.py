@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp, ttest_ind
 
 from mllmfl_lite import results
 from mllmfl_lite.align import AlignSettings
@@ -101,8 +102,34 @@ def test_the_t_test_by_hand():
     assert not results.beyond_chance([1.0, 2.0, 3.0])
     assert results.beyond_chance([1.5, 2.0, 2.5]) and results.beyond_chance([-1.5, -2.0, -2.5])
     assert not results.beyond_chance([0.0, 0.0]) and not results.beyond_chance([5.0])
-    with pytest.raises(ValueError, match="takes 1 to 10 differences; got 0"):
+    eleven = [2.2, -2.0] * 5 + [2.2]  # 10 degrees of freedom: 2.228
+    assert not results.beyond_chance(eleven) and results.beyond_chance([x + 1.6 for x in eleven])
+    with pytest.raises(ValueError, match="needs differences, one for each seed that both methods have; got none"):
         results.beyond_chance([])
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize(("points", "deviation"), [(5.0, 2.0), (-1.0, 1.5), (0.4, 0.03)])
+def test_seeds_needed_find_the_difference_as_often_as_they_should(points, deviation, paired):
+    """The same tests run on drawn figures: with n seeds at least 80 % find it, with one fewer not."""
+    n = results.seeds_needed(points, deviation**2 if paired else 2 * deviation**2, 0.8, paired)
+    draw = np.random.default_rng(0)
+
+    def found(n):
+        a, b = draw.normal(0, deviation, (2, 20_000, n))
+        test = ttest_1samp(b + points, 0, axis=1) if paired else ttest_ind(b + points, a, axis=1)
+        return np.mean(test.pvalue < 0.05)
+
+    assert found(n) > 0.79 and (n == 2 or found(n - 1) < 0.81)
+
+
+def test_seeds_needed_at_the_ends():
+    assert results.seeds_needed(1.0, 0.0) == 2  # no spread: two always do
+    assert results.seeds_needed(1e-9, 1.0) == 10_000
+    assert results.seeds_needed(30.0, 1.0, 0.99, paired=True) < 5
+    for wrong in ((0.0, 1.0, 0.8), (1.0, -1.0, 0.8), (1.0, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="a difference that is not zero"):
+            results.seeds_needed(*wrong)
 
 
 def test_reported_figures_have_a_source():

@@ -22,6 +22,7 @@ from mllmfl_lite.models import load_model
 from mllmfl_lite.pipeline import Pipeline, run_pipeline
 from mllmfl_lite.pretrain import PretrainSettings
 from mllmfl_lite.results import ResultError, load_result, load_results
+from mllmfl_lite.teacher import ClipTeacher
 
 ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
 ALIGN = AlignSettings(per_class=3, epochs=2, teacher="clip")
@@ -54,9 +55,9 @@ def make_small(put):
 def test_all_stages_in_one_folder(tmp_path, small):
     result = run_pipeline(TINY, tmp_path, "cpu")
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert {"stage1/seed0.safetensors", "stage1/seed0.json", "fedavg_seed0.json"} <= files
+    assert {"stage1/resnet8_seed0.safetensors", "stage1/resnet8_seed0.json", "fedavg_seed0.json"} <= files
     assert any(name.startswith("told/tiny_clip-") for name in files)
-    assert result["parameters"]["start"] == "stage1/seed0.safetensors" and result["aligned"]["metrics"]
+    assert result["parameters"]["start"] == "stage1/resnet8_seed0.safetensors" and result["aligned"]["metrics"]
     (only,) = load_results(tmp_path)
     assert only["summary"] == result["summary"]
 
@@ -116,7 +117,11 @@ def test_killed_in_each_stage_it_ends_the_same(tmp_path, small):
     """Kill the process at the first checkpoint of stage 1 and of stage 2, and once more; compare with a quiet run."""
     folder = tmp_path / "killed"
     code = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(folder))
-    signs = ["checkpoints/stage1_seed0/run.json", "stage1/seed0.safetensors", "checkpoints/fedavg-*_seed0/run.json"]
+    signs = [
+        "checkpoints/stage1_seed0/run.json",
+        "stage1/resnet8_seed0.safetensors",
+        "checkpoints/fedavg-*_seed0/run.json",
+    ]
     for sign in signs:
         process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
         while process.poll() is None and not list(folder.glob(sign)):
@@ -126,7 +131,7 @@ def test_killed_in_each_stage_it_ends_the_same(tmp_path, small):
     killed = run_pipeline(TINY, folder, "cpu")
     quiet = run_pipeline(TINY, tmp_path / "quiet", "cpu")
     assert killed["aligned"] == quiet["aligned"] and killed["summary"] == quiet["summary"]
-    weights = [load_model(tmp_path / name / "stage1" / "seed0.safetensors") for name in ("killed", "quiet")]
+    weights = [load_model(tmp_path / name / "stage1" / "resnet8_seed0.safetensors") for name in ("killed", "quiet")]
     assert all(torch.equal(a, b) for a, b in zip(*(w.state_dict().values() for w in weights), strict=True))
 
 
@@ -175,9 +180,9 @@ def test_stage_one_under_two_processes_does_each_thing_once(tmp_path):
         assert sorted(counts["asked"] for counts in ranks) == [0, asked], "whoever came first asked the MLLM"
         assert sorted(counts["looked"] for counts in ranks) == [0, looked], "features were computed once"
         assert [counts["wrote"] for counts in ranks] == [wrote, 0], "the first process wrote"
-    result = load_result(tmp_path / "stage1" / "seed0.json")
+    result = load_result(tmp_path / "stage1" / "resnet8_seed0.json")
     assert result["provenance"]["processes"] == 2 and len(result["history"]) == result["data"]["texts"] // (2 * 4)
-    assert load_model(tmp_path / "stage1" / "seed0.safetensors").num_features == 8
+    assert load_model(tmp_path / "stage1" / "resnet8_seed0.safetensors").num_features == 8
 
 
 # ------------------------------------------------------------------------------------- a folder of pictures as the pool
@@ -233,10 +238,14 @@ def test_texts_that_were_written_elsewhere(tmp_path, pictures, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the pool has fewer")
-def test_runs_of_several_folders_share_stage_one(tmp_path, small, monkeypatch):
-    shared = replace(TINY, stage1="../stage1")
+def test_runs_of_several_folders_share_stage_one_and_the_teachers_answers(tmp_path, small, monkeypatch):
+    shared = replace(TINY, shared="..")
     run_pipeline(shared, tmp_path / "a", "cpu")
     monkeypatch.setattr(module, "pretrain", None)
+    monkeypatch.setattr(ClipTeacher, "class_probabilities", None)
     again = run_pipeline(shared, tmp_path / "b", "cpu")
-    assert again["parameters"]["start"] == "../stage1/seed0.safetensors"
-    assert (tmp_path / "stage1" / "seed0.safetensors").is_file() and not (tmp_path / "b" / "stage1").exists()
+    assert again["parameters"]["start"] == "../stage1/resnet8_seed0.safetensors"
+    assert (tmp_path / "stage1" / "resnet8_seed0.safetensors").is_file() and len(
+        list((tmp_path / "told").iterdir())
+    ) == 1
+    assert not {"stage1", "told"} & {path.name for path in (tmp_path / "b").iterdir()}

@@ -236,8 +236,8 @@ def test_several_processes_may_do_stage_one_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([str(own)]) == 2 and "add --stage1" in capsys.readouterr().err
     monkeypatch.setattr(runs, "run_pipeline", None)
-    monkeypatch.setattr(runs, "stage_one", lambda pipeline, folder, device: folder / "stage1" / "seed0.safetensors")
-    assert main([str(own), "--stage1"]) == 0 and "stage1/seed0.safetensors" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "stage_one", lambda pipeline, folder, device: folder / pipeline.started.start)
+    assert main([str(own), "--stage1"]) == 0 and "stage1/resnet8_seed0.safetensors" in capsys.readouterr().out
 
 
 def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
@@ -263,8 +263,19 @@ def test_work_that_runs_share_is_counted_once():
     assert spent[names[1]] == pytest.approx([scored + aligned, aligned])
     # all stages: rounds of their own, since they start elsewhere; pictures are described once, for both seeds
     assert spent[names[2]] == pytest.approx([third - scored, third - scored - described])
-    # the other imbalance finds all of stage 1 in the folder that both share, for both seeds
+    # the other imbalance finds all of stage 1 and the answers in the folder that both share, for both seeds
+    assert spent[names[4]] == pytest.approx([aligned, aligned])
     assert spent[names[5]] == pytest.approx([other - described - learned - scored] * 2)
+
+
+def test_models_share_what_the_mllm_says_of_a_pool():
+    machine, names = runs.MACHINES["h100"], ["paper/cifar10_lt_if100/stage1", "paper/imagenet_lt/stage1"]
+    todo = runs.read_runs(find_files(names), [0])
+    plans = [runs.make_plan(run.pipeline, machine) for run in todo]
+    described = plans[1].stages[0].seconds(machine)
+    (first,), (second,) = runs.own_seconds(todo, plans, machine).values()
+    assert first == pytest.approx(3600 * plans[0].hours)
+    assert second == pytest.approx(3600 * plans[1].hours - described)  # it still pretrains a model of its own
 
 
 def test_what_does_not_fit_is_said(capsys):

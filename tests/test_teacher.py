@@ -19,6 +19,7 @@ from mllmfl_lite.teacher import (
     ASSETS,
     TINY_CLIP,
     TINY_LLAVA,
+    ClipTeacher,
     TeacherError,
     load_clip,
     load_mllm,
@@ -180,6 +181,22 @@ def test_similarity_pairs_each_image_with_its_text(clip, test_set):
     torch.testing.assert_close(clip.similarity(test_set.images[:3], texts), whole.diagonal())
     with pytest.raises(ValueError, match="one text an image: 3 images, 2 texts"):
         clip.similarity(test_set.images[:3], texts[:2])
+
+
+def test_a_transformers_operations_are_counted_by_hand():
+    """12 D^2 weights a layer and token, the patches' convolution, the projection; attention's products may come on top,
+    where torch counts them."""
+    width, layers, patches, out = 32, 2, 16, 24
+    seen = {"image_size": 32, "layers": layers, "width": width, "head_width": 16, "patch_size": 8}
+    read = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(out, seen, read)
+    teacher = ClipTeacher("made", model, None, open_clip.image_transform(32, is_train=False), torch.device("cpu"))
+    tokens = patches + 1
+    weights = 2 * (12 * width**2 * layers * tokens + 3 * 8 * 8 * width * patches + width * out)
+    flops, size = teacher.image_cost()
+    assert weights <= flops <= weights + 2 * 2 * tokens**2 * width * layers
+    assert size == 4 * sum(p.numel() for p in model.visual.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_nothing_of_a_teacher_is_trained(mllm, clip):
