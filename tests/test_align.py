@@ -180,6 +180,9 @@ class Oracle:
         Oracle.asked += 1
         return torch.full((len(images), len(names)), 1 / len(names))
 
+    def class_logits(self, images, names):
+        return torch.full((len(images), len(names)), 7.0)
+
 
 def test_the_teacher_is_asked_once_for_each_pool_and_list_of_names(images, tmp_path):
     Oracle.asked = 0
@@ -188,6 +191,8 @@ def test_the_teacher_is_asked_once_for_each_pool_and_list_of_names(images, tmp_p
     assert Oracle.asked == 2
     ask_teacher(Oracle(), images.subset(np.arange(5)), NAMES, tmp_path)
     assert Oracle.asked == 3
+    assert ask_teacher(Oracle(), images, NAMES, tmp_path, "class_logits").eq(7).all()  # kept apart from probabilities
+    assert ask_teacher(Oracle(), images, NAMES, tmp_path).eq(1 / len(NAMES)).all() and Oracle.asked == 3
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,6 +311,13 @@ def test_the_results_page_is_what_the_files_say_and_names_every_run():
     here = {run.result for path in FILES for run in runs.read_runs([path], write_results.SEEDS) if run.result.exists()}
     if here == of_git:
         assert text == write_results.page(), "run `make results`"
+
+
+def test_a_sweep_on_the_results_page_takes_what_its_plan_says(capsys):
+    main(["paper/cifar100_lt_if50", "--seeds", "0", "1", "2", "--plan", "--on", "h100"])
+    (total,) = re.findall(r"in all, one after the other +(.*?)  ", capsys.readouterr().out)
+    (part,) = [p for p in (ROOT / "book" / "results.md").read_text().split("\n### ") if "paper/cifar100_lt_if50`" in p]
+    assert f"All of them with 3 seeds in one sweep, what they share done once: {total}.\n" in part
 
 
 def test_rows_of_the_results_page():
