@@ -119,8 +119,10 @@ def wait(processes, started, watch):
     peak = (0.0, 0.0)
     try:
         while None in (codes := [process.poll() for process in processes]):
-            if any(codes) or time.monotonic() - started > LIMIT:
+            if any(codes):
                 break
+            if time.monotonic() - started > LIMIT:
+                raise TimeoutError(f"a run took more than {LIMIT} s")
             if watch:
                 peak = tuple(map(max, peak, memory_of([process.pid for process in processes])))
             time.sleep(0.2)

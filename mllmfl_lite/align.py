@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import numpy as np
 import safetensors.torch
 import torch
@@ -80,11 +81,14 @@ def ask_teacher(
     asked = [teacher.identity, pool.checksum(), *names, *([what] if what != "class_probabilities" else [])]
     digest = hashlib.sha256("\n".join(asked).encode()).hexdigest()
     path = Path(folder) / f"{teacher.identity}-{digest[:12]}.safetensors"
-    if not path.exists():
-        told = ask(pool.images, names)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, safetensors.torch.save({"told": told.contiguous()}))
-    return safetensors.torch.load_file(path)["told"]
+    path.parent.mkdir(parents=True, exist_ok=True)  # before hours of answers
+    with filelock.FileLock(path.with_suffix(".turn")):  # of several runs the first asks, the others wait and read
+        if not path.exists():
+            write_atomically(path, safetensors.torch.save({"told": ask(pool.images, names).contiguous()}))
+    try:
+        return safetensors.torch.load_file(path)["told"]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the teacher is asked again") from error
 
 
 class PoolLabels:
@@ -297,6 +301,8 @@ def align(
             raise AlignError(f"the loss of epoch {epoch} is not finite; lower lr (it is {settings.lr})")
         history.append({"epoch": epoch, "loss": loss})
         schedule.step()
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise AlignError(f"the last step gave weights that are not finite; lower lr (it is {settings.lr})")
     return Aligned(model, history)
 
 

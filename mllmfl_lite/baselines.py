@@ -21,6 +21,7 @@ from mllmfl_lite.data import ImageSet
 from mllmfl_lite.federated import METHODS, FedAvg, State
 from mllmfl_lite.models import CompactModel
 
+MATCHED = 2**27  # entries of gradients that CReFF's server works on at once, 4 bytes each and some six times that
 HEAD = ("head.weight", "head.bias")
 
 
@@ -108,6 +109,21 @@ class CReFF(FedAvg):
         gradients = [self._gradient(model, batches, own[labels == c], head, generator) for c in classes]
         return {"classes": classes, "gradients": torch.stack(gradients)}
 
+    def check_upload(self, beside: State, state: State) -> None:
+        """As `upload` gives it: each class once, and a gradient for each."""
+        if beside.keys() != {"classes", "gradients"}:
+            raise ValueError(f"classes and gradients are wanted; it sent {sorted(beside)[:3]}")
+        head, classes, gradients = state["head.weight"], beside["classes"], beside["gradients"]
+        count, width = head.shape
+        if classes.dtype != torch.int64 or classes.dim() != 1 or not set(classes.tolist()) <= set(range(count)):
+            raise ValueError(f"classes must be whole numbers from 0 to {count - 1}")
+        if len(classes.unique()) < len(classes):
+            raise ValueError("a class stands twice; each has one vote")
+        shape = (len(classes), count, width + 1)
+        if (gradients.shape, gradients.dtype) != (shape, head.dtype):
+            sent = f"{gradients.dtype} {tuple(gradients.shape)}"
+            raise ValueError(f"gradients must be {head.dtype} {shape}; it sent {sent}")
+
     def _gradient(self, model, batches, rows, head, generator) -> Tensor:
         def once() -> Tensor:
             some = rows[torch.randperm(len(rows), generator=generator)[: self.images].to(rows.device)]
@@ -139,16 +155,24 @@ class CReFF(FedAvg):
         beside = {name: t.clone().requires_grad_() for name, t in self.trained_beside(memory).items()}
         free = [moved, *beside.values()]
         labels = present[:, None].expand(-1, self.per_class)
+        some = max(1, MATCHED // wanted[0].numel())  # classes whose gradients are held at once: memory is bounded
         for _ in range(self.match_steps):
-            found = head_gradients(moved, labels, *head)
-            loss = (1 - cosine_similarity(found, wanted, dim=-1)).sum() + self.beside_matching(moved, present, beside)
-            steps = torch.autograd.grad(loss, free)
+            steps = self._beside_steps(free, present, beside)
+            parts = zip(moved.detach().split(some), labels.split(some), wanted.split(some), strict=True)
+            steps[0] = steps[0] + torch.cat([_towards(*part, head) for part in parts])
             with torch.no_grad():
                 for tensor, step in zip(free, steps, strict=True):
                     tensor.sub_(self.match_lr * step)
         features = memory["features"].clone()
         features[present] = moved.detach()
         return {"features": features, **{name: t.detach() for name, t in beside.items()}}
+
+    def _beside_steps(self, free: list[Tensor], classes: Tensor, trained: State) -> list[Tensor]:
+        """The further term's gradients for features and what is trained beside them; zero where there is none."""
+        loss = self.beside_matching(free[0], classes, trained)
+        if not isinstance(loss, Tensor):
+            return [torch.zeros_like(tensor) for tensor in free]
+        return list(torch.autograd.grad(loss, free))
 
     def trained_beside(self, memory: State) -> State:
         """What else moves with the features; nothing here."""
@@ -175,6 +199,13 @@ class CReFF(FedAvg):
         return {**state, **{name: memory[name] for name in HEAD}}
 
 
+def _towards(features: Tensor, labels: Tensor, wanted: Tensor, head: list[Tensor]) -> Tensor:
+    """The gradient by which features (k, S, D) come to point the head as `wanted` (k, C, D + 1) does."""
+    features = features.clone().requires_grad_()
+    loss = (1 - cosine_similarity(head_gradients(features, labels, *head), wanted, dim=-1)).sum()
+    return torch.autograd.grad(loss, features)[0]
+
+
 def mean_by_class(uploads: list[State], num_classes: int) -> tuple[Tensor, Tensor]:
     """Gradients (C, C, D + 1) averaged over the clients that hold each class, and the classes that any holds (k,)."""
     shape = (num_classes, *uploads[0]["gradients"].shape[1:])
@@ -182,7 +213,7 @@ def mean_by_class(uploads: list[State], num_classes: int) -> tuple[Tensor, Tenso
     for sent in uploads:
         total.index_add_(0, sent["classes"], sent["gradients"])
         count.index_add_(0, sent["classes"], torch.ones_like(sent["classes"], dtype=count.dtype))
-    return total / count.clamp(min=1).view(-1, *[1] * (len(shape) - 1)), count.nonzero().flatten()
+    return total.div_(count.clamp(min=1).view(-1, *[1] * (len(shape) - 1))), count.nonzero().flatten()
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

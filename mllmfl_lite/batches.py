@@ -149,7 +149,7 @@ class FileBatches:
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
         """`augmented` for one run of indices after the other; the next is decoded while the last is in use."""
         ahead: list[Future] = []
-        for part in parts:
+        for part in [part.cpu() for part in parts]:  # all now: later a GPU would have to be waited for
             begun = self._begin(part, generator)
             if ahead:
                 yield self._collect(ahead)

@@ -56,7 +56,7 @@ class RunFolder:
 
     def save(self, step: int, tensors: dict[str, Tensor], record: object) -> None:
         """Write checkpoint number `step`: named tensors and anything that is plain JSON. Replaces the one before."""
-        content = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+        content = safetensors.torch.save({name: t.contiguous().clone() for name, t in tensors.items()})
         name = f"weights-{step:06d}.safetensors"
         write_atomically(self.path / name, content)
         write_json(

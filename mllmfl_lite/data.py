@@ -235,7 +235,7 @@ def _load_imagenet_lt(part: str, size: int) -> ImageSet:
     listed = folder / "imagenet_lt" / f"ImageNet_LT_{part}.txt"
     paths, labels = read_list(listed)
     own = folder / "imagenet_lt" / "classes.txt"
-    names = tuple(own.read_text().split("\n")[:-1]) if own.exists() else _imagenet_names()
+    names = tuple(own.read_text().splitlines()) if own.exists() else _imagenet_names()
     if not own.exists() and len(paths) != IMAGENET_LT[part]:
         raise DataError(
             f"{listed} has {len(paths):,} lines, the official list {IMAGENET_LT[part]:,}; fetch it again, or name the "

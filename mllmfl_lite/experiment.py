@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pkgutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -79,7 +80,7 @@ class Experiment:
     """
 
     dataset: str = "cifar10"
-    imbalance_factor: float = 100
+    imbalance_factor: float = 100.0
     balanced: bool = False
     split: str = "dirichlet_equal"
     num_clients: int = 20
@@ -102,6 +103,18 @@ class Experiment:
     def __post_init__(self) -> None:
         check_choice(self, dataset=PARTS, split=SPLITS, model=MODELS, mllm_dtype=PRECISIONS)
         check_whole(self, "num_clients", "width", "image_size")
+        check_whole(self, "pool_images", least=0)
+        if not 1 <= self.imbalance_factor < math.inf:
+            raise ValueError(f"imbalance_factor must be at least 1 and finite; got {self.imbalance_factor}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite; got {self.alpha}")
+        if self.align and self.align.when == "each round" and self.method != "fedavg":
+            raise ValueError(
+                f"alignment in each round is a server step of FedAvg's; got method {self.method!r}. Set align.when to "
+                "'end', or method to 'fedavg'"
+            )
+        if "web" not in PARTS.get(self.pool, ("web",)):
+            raise ValueError(f"{self.pool} has no open pictures; pool must be 'cifar10_mini' or a folder of pictures")
         if ":" not in self.method and self.method not in METHODS:
             raise ValueError(
                 f"no method named {self.method!r}; there are {', '.join(METHODS)}, or 'module:Class' for your own"
@@ -128,6 +141,11 @@ class Experiment:
         kind = pkgutil.resolve_name(self.method) if ":" in self.method else METHODS[self.method]
         return kind.for_clients(train, self.clip, folder, **self.method_options)
 
+    def start_file(self, folder: str | Path = "") -> Path:
+        """The file that `start` means, seen from the run's folder; it need not be there."""
+        own = OWN_WEIGHTS / f"{self.start}_seed{self.settings.seed}.safetensors"
+        return next((p for p in (Path(folder) / self.start, Path(self.start)) if p.is_file()), own)
+
     def build_model(self, num_classes: int, folder: str | Path = "") -> CompactModel:
         """The model that the rounds start from; a pretrained one is given a fresh head.
 
@@ -141,8 +159,7 @@ class Experiment:
         seed, new = self.settings.seed, build_model(self.model, num_classes, self.width, self.settings.seed)
         if not self.start:
             return new
-        places = [Path(folder) / self.start, Path(self.start), OWN_WEIGHTS / f"{self.start}_seed{seed}.safetensors"]
-        path = next((place for place in places if place.is_file()), places[-1])
+        path = self.start_file(folder)
         found = with_head(load_model(path), num_classes, seed)
         if [t.shape for t in found.state_dict().values()] != [t.shape for t in new.state_dict().values()]:
             raise ValueError(f"{path} holds another model than {self.model} of width {self.width}; set model and width")
@@ -150,9 +167,9 @@ class Experiment:
 
     def rounds_key(self) -> str:
         """Names the run of the rounds alone: experiments that differ in stage 3 only share it, and its checkpoint."""
-        numbers = {k: v for k, v in asdict(self).items() if k not in SERVER_ONLY}
-        if self.align and self.align.when == "each round":
-            numbers |= asdict(self.align)
+        numbers = asdict(self)
+        if not (self.align and self.align.when == "each round"):
+            numbers = {k: v for k, v in numbers.items() if k not in SERVER_ONLY}
         numbers["settings"] = {k: v for k, v in numbers["settings"].items() if k not in ("rounds", "seed")}
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
         return f"{self.method.replace(':', '.')}-{digest[:8]}_seed{self.settings.seed}"
@@ -192,11 +209,13 @@ def run_experiment(
     name = f"{label or experiment.method}_seed{experiment.settings.seed}"
     path = Path(folder) / f"{name}.json" if folder else None
     if path and path.exists():
-        return _finished(path, experiment)
+        return finished(path, experiment)
     device, started = pick_device(device), time.perf_counter()
     train, split = experiment.clients()
     side_by_side = settle(together, train, ask)
     test = load_images(experiment.dataset, "test", experiment.image_size)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # or nothing could be seen from it
     model = experiment.build_model(train.num_classes, folder)
     start = sha256_arrays(t.numpy() for t in model.state_dict().values())
     told = Path(folder) / shared / "told" if folder else ""
@@ -278,7 +297,12 @@ def load_teacher(experiment: Experiment, device: torch.device | str = "auto"):
     return load_mllm(experiment.mllm, device=str(device), dtype=experiment.mllm_dtype)
 
 
-def _finished(path: Path, experiment: Experiment) -> dict:
+def finished(path: str | Path, experiment: Experiment) -> dict:
+    """The result that a file holds, if it is this experiment's.
+
+    Raises:
+        ResultError: it is of other parameters, which are named, or no results file.
+    """
     result = load_result(path)
     there = {**asdict(Experiment()), **result["parameters"]}  # a file older than a parameter was made with its default
     there["settings"] = {**asdict(FedSettings()), **there["settings"]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import math
 import threading
 import time
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.batches import Batches, open_batches
-from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.checkpoint import CheckpointError, RunFolder
 from mllmfl_lite.data import ImageSet
 from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
 from mllmfl_lite.models import CompactModel
@@ -37,6 +38,7 @@ from mllmfl_lite.settings import PRECISIONS, check_choice, check_whole
 if TYPE_CHECKING:  # it is built on this module
     from mllmfl_lite.together import Together
 
+log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 EVAL_PART = 1000  # images a worker tests at a time
 
@@ -55,6 +57,16 @@ class ClientDiverged(RuntimeError):
             "aggregated and the checkpoint before it is good; lower the learning rate, or look at this client's images"
         )
         self.client, self.round = client, round
+
+
+class ServerDiverged(RuntimeError):
+    """The server's own step gave numbers that are no longer finite; they are not kept."""
+
+    def __init__(self, round: int):
+        super().__init__(
+            f"the server's step of round {round} gave numbers that are not finite, though all clients' were; the "
+            "checkpoint before it is good. Lower the method's own step size (server_lr, match_lr, alignment's lr)"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,16 @@ class FedAvg:
             generator: the only source of chance.
         """
         return {}
+
+    def check_upload(self, beside: State, state: State) -> None:
+        """Raise `ValueError` unless what a client sent beside its weights is sound: it may come from outside.
+
+        Args:
+            beside: as `upload` would give it; that its numbers are finite is not asked here.
+            state: the global weights.
+        """
+        if beside:
+            raise ValueError(f"{type(self).__name__} has nothing beside the weights; it sent {sorted(beside)[:3]}")
 
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """What a client minimises on a batch.
@@ -483,6 +505,7 @@ def run_federated(
     Raises:
         ValueError: an empty client, more participants than clients, no test images, a head of the wrong size.
         ClientDiverged: names client and round; the checkpoint before stays good.
+        ServerDiverged: names the round; the checkpoint before stays good.
         CheckpointError: the folder is another run's, damaged, in use or not writable.
     """
     method, settings = method or FedAvg(), settings or FedSettings()
@@ -537,6 +560,11 @@ class _Rounds:
             parameters = {name: p.detach() for name, p in self.model.named_parameters()}
             return 0, state, self.method.init_memory(parameters, torch_generator(self.settings.seed, "memory")), []
         done, tensors, history = found
+        if done > self.settings.rounds:
+            raise CheckpointError(
+                f"{folder.path} holds a run of {done} rounds already; ask for at least as many, not for "
+                f"{self.settings.rounds}, or choose another folder"
+            )
         tensors = {name: t.to(self.train.labels.device) for name, t in tensors.items()}
         return done, _unpack(tensors, "model."), _unpack(tensors, "memory."), history
 
@@ -544,12 +572,14 @@ class _Rounds:
         started = time.perf_counter()
         chosen, received = choose_clients(len(self.split), self.settings, round_), self.method.broadcast(memory)
         ask = self.ask or functools.partial(self._ask_threads, workers, bar)
-        results, left_out = ask(state, received, round_, chosen)
+        results, left_out = self._sound(*ask(state, received, round_, chosen), state)
         bar.update(round_ * len(chosen) - bar.n)  # threads have been counted one by one
         present = sorted(results)
         arrived, sizes = [results[client] for client in present], [len(self.split[client]) for client in present]
         if present:
             state, memory = workers.submit(self._server, state, memory, arrived, sizes, round_).result()
+            if not all(tensor.isfinite().all() for tensor in (*state.values(), *memory.values())):
+                raise ServerDiverged(round_)
         used = self.method.deployed(state, memory)
         record = {
             "round": round_,
@@ -559,6 +589,20 @@ class _Rounds:
             "metrics": self._evaluate(workers, used) if self.settings.evaluates(round_) else None,
         }
         return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
+
+    def _sound(self, results, left_out, state) -> tuple[dict[int, ClientResult], dict[int, str]]:
+        """Results on the server's device, without those whose part beside the weights the method refuses."""
+        device, kept, left_out = self.train.labels.device, {}, dict(left_out)
+        for client, result in results.items():
+            try:
+                self.method.check_upload(result.beside, state)
+            except ValueError as error:
+                left_out[client] = f"beside its weights: {error}"
+                log.warning("client %d is left out: %s", client, left_out[client])
+                continue
+            there, beside = ({n: t.to(device) for n, t in of.items()} for of in (result.state, result.beside))
+            kept[client] = ClientResult(there, beside, result.loss)
+        return kept, left_out
 
     def _ask_threads(self, workers, bar, state, received, round_, chosen) -> tuple[dict[int, ClientResult], dict]:
         longest_first = sorted(chosen, key=lambda client: -len(self.split[client]))

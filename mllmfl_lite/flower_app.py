@@ -39,7 +39,7 @@ NODE = "partition-id"  # which client a node is: flower-supernode --node-config 
 # Keys of a run's config that are not the experiment's: where the server keeps the run, where it tests, how many seconds
 # a client has for its round, how many the server waits for clients that are not connected, or no longer, and whether
 # the keys of stage 3 mean anything.
-RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600, "wait": 60, "stage3": True}
+RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600.0, "wait": 60.0, "stage3": True}
 LOOK = 0.5  # seconds between two looks at what nodes have sent
 SAY = 60  # seconds that a node has to say which client it is
 
@@ -64,7 +64,9 @@ def read_experiment(config: dict) -> Experiment:
         group, _, name = key.partition(".")
         if name and group in inner:
             inner[group][name] = value
-        elif key not in {*RUN_KEYS, "method_options"}:
+        elif key in RUN_KEYS:
+            _check_type(key, value, RUN_KEYS[key])
+        elif key != "method_options":
             top[key] = value
     settings = _filled(FedSettings(), inner["settings"], "settings.")
     wanted = inner["align"] and config.get("stage3", RUN_KEYS["stage3"])
@@ -89,10 +91,13 @@ def _filled(defaults, values: dict, prefix: str, without: tuple[str, ...] = ()):
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"the run's config has the unknown key {prefix + name!r}; known are {sorted(known)}")
-        kind = type(getattr(defaults, name))
-        if not is_of(value, kind):
-            raise ValueError(f"{prefix + name} must be of type {kind.__name__}; the run's config has {value!r}")
+        _check_type(prefix + name, value, getattr(defaults, name))
     return replace(defaults, **values)
+
+
+def _check_type(key: str, value: object, default: object) -> None:
+    if not is_of(value, type(default)):
+        raise ValueError(f"{key} must be of type {type(default).__name__}; the run's config has {value!r}")
 
 
 # ---------------------------------------------------------------------------------------------------- the client
@@ -222,7 +227,7 @@ class GridClients:
         while until:
             now, found = time.monotonic(), self._connected()
             back = {c: found[c] for c in until if c in found and found[c] != asked.get(c)}
-            sent = {message: c for message, c in sent.items() if c not in back}
+            sent = {message: c for message, c in sent.items() if c in until and c not in back}  # others are too late
             new = self._push({c: self._message(RecordDict(dict(content)), back[c], "train") for c in back})
             sent |= new
             asked |= {c: back[c] for c in new.values()}
@@ -248,10 +253,11 @@ class GridClients:
         self._asked_who |= self._push({node: self._message(RecordDict(), node, "query") for node in sorted(new)})
         for node, reply in self._pull(self._asked_who):
             if not is_gone(reply):
-                self._client_of[node] = None if reply.has_error() else self._known(reply.content["who"]["client"])
+                self._client_of[node] = self._known(reply)
         return {of: node for node, of in self._client_of.items() if of is not None}
 
-    def _known(self, number: int) -> int | None:
+    def _known(self, reply: Message) -> int | None:
+        number = None if reply.has_error() else reply.content.get("who", {}).get("client")
         if isinstance(number, int) and 0 <= number < len(self.sizes):
             return number
         log.warning("a node says it is client %r; clients are 0 to %d", number, len(self.sizes) - 1)

@@ -9,6 +9,7 @@ Fetching is left to the reader, since each comes under terms of its own.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,14 +64,20 @@ CATALOGUE = {
 }  # fmt: skip
 
 
-def missing(pipeline: Pipeline) -> list[Need]:
-    """What the run needs and this machine lacks; a look at file names, no file is read and nothing is fetched."""
-    return [need for need, there in _wanted(pipeline) if not there()]
+def missing(pipeline: Pipeline, folder: str | Path = "") -> list[Need]:
+    """What the run needs and this machine lacks; a look at file names, nothing is fetched.
+
+    Args:
+        pipeline: what is run.
+        folder: the run's, where the file of `start` may be.
+    """
+    wanted = [*_wanted(pipeline), *_files(pipeline, folder)]
+    return [need for need, there in wanted if not there()]
 
 
-def require(pipeline: Pipeline) -> None:
+def require(pipeline: Pipeline, folder: str | Path = "") -> None:
     """Raise `DataError` with the list of what is missing, if anything is."""
-    if lacking := missing(pipeline):
+    if lacking := missing(pipeline, folder):
         raise DataError(listing(lacking))
 
 
@@ -109,6 +116,20 @@ def _wanted(pipeline: Pipeline) -> list[tuple[Need, Callable[[], bool]]]:
     return wanted
 
 
+def _files(pipeline: Pipeline, folder: str | Path) -> list[tuple[Need, Callable[[], bool]]]:
+    """Files of the user's own that the run names."""
+    experiment, wanted = pipeline.experiment, []
+    if experiment.start:
+        seed = experiment.settings.seed
+        what = f"weights to start from, start = {experiment.start!r} for seed {seed}"
+        fetch = "name a file by save_model, or a condition of chapter 3 and one of its seeds, 0 to 2"
+        wanted.append((Need(what, 0, "your own", fetch), experiment.start_file(folder).is_file))
+    if pipeline.pretrain and pipeline.annotations.endswith(".jsonl"):
+        what, fetch = f"annotations = {pipeline.annotations!r}", "python -m mllmfl_lite.annotate writes such files"
+        wanted.append((Need(what, 0, "your own", fetch), Path(pipeline.annotations).is_file))
+    return wanted
+
+
 def _folder() -> Path:
     try:
         return data_folder()
@@ -142,4 +163,14 @@ def _cached(name: str) -> bool:
     fetch = CATALOGUE[name].fetch if name in CATALOGUE else f"hf download {name}"
     repository = fetch.split()[2].replace("/", "--")
     kept = Path(HF_HUB_CACHE) / f"models--{repository}" / "snapshots"
-    return any(kept.glob("*/*.safetensors")) and not any(kept.parent.glob("blobs/*.incomplete"))
+    return any(map(_whole, kept.glob("*"))) and not any(kept.parent.glob("blobs/*.incomplete"))
+
+
+def _whole(snapshot: Path) -> bool:
+    """Whether a model's folder has weights, and all files that their index names."""
+    listed = [name for index in snapshot.glob("*.safetensors.index.json") for name in _shards(index)]
+    return all((snapshot / name).exists() for name in listed) and any(snapshot.glob("*.safetensors"))
+
+
+def _shards(index: Path) -> set[str]:
+    return set(json.loads(index.read_text())["weight_map"].values())

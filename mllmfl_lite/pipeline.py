@@ -18,6 +18,8 @@ Several experiments may share a folder, and share what they have in common.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
@@ -33,7 +35,7 @@ from mllmfl_lite.annotate import (
     read_records,
 )
 from mllmfl_lite.captions import KINDS
-from mllmfl_lite.data import ImageSet, load_images
+from mllmfl_lite.data import PARTS, ImageSet, load_images
 from mllmfl_lite.experiment import Experiment, load_pool, run_experiment
 from mllmfl_lite.files import ImageFiles
 from mllmfl_lite.models import build_model, save_model
@@ -41,7 +43,7 @@ from mllmfl_lite.pictures import PictureSource, pool_source
 from mllmfl_lite.pretrain import ArrayViews, PictureViews, PretrainSettings, Views, pretrain, read_texts
 from mllmfl_lite.repro import pick_device
 from mllmfl_lite.results import ResultError, differences, load_result, provenance, save_result
-from mllmfl_lite.settings import check_choice
+from mllmfl_lite.settings import check_choice, check_whole
 from mllmfl_lite.teacher import MllmTeacher, load_mllm
 from mllmfl_lite.together import Together
 
@@ -75,6 +77,12 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         check_choice(self, kind=KINDS)
+        check_whole(self, "pixels", least=0)
+        if self.pretrain and self.experiment.start:
+            raise ValueError(
+                f"stage 1 makes the weights that the rounds start from; start is {self.experiment.start!r}: leave it "
+                "empty, or leave stage 1 out"
+            )
         if self.annotations not in ("bundled", "new") and not self.annotations.endswith(".jsonl"):
             raise ValueError(f"annotations must be 'bundled', 'new' or a .jsonl file; got {self.annotations!r}")
         if self.pretrain and self.annotations == "bundled" and self.experiment.pool != BUNDLED_POOL:
@@ -124,23 +132,33 @@ def stage_one(pipeline: Pipeline, folder: Path, device: str = "auto") -> Path:
     """Annotate and pretrain, or find it done: the file with the compact model's weights.
 
     May be called by all processes of ``accelerate launch`` or ``torchrun``: one annotates, one writes, all return when
-    the file is there. The stages after it run in one process.
+    the file is there. The stages after it run in one process. A run that finds another at work on the same file waits.
     """
     experiment, seed = pipeline.experiment, pipeline.experiment.settings.seed
     folder.mkdir(parents=True, exist_ok=True)  # or nothing could be seen from it
     path = folder / pipeline.started.start
     asked = {
         "pretrain": asdict(replace(pipeline.pretrain, seed=seed)),
-        "kind": pipeline.kind, "annotations": pipeline.annotations, "pixels": pipeline.pixels,
+        "kind": pipeline.kind, "annotations": pipeline.annotations, "pixels": _side(pipeline),
         **{name: getattr(experiment, name) for name in ("mllm", "mllm_dtype", "model", "width", "pool", "pool_images")},
     }  # fmt: skip
-    if path.exists():
-        there = load_result(path.with_suffix(".json"))["parameters"]
-        if other := differences({**BEFORE, **there}, asked):
-            raise ResultError(f"{path} was made with other settings ({other}); set them back, or choose another folder")
-        return path
-    _pretrain(pipeline, folder, path, asked, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several would wait for each other, not for a lock
+    with filelock.FileLock(path.with_suffix(".turn")) if one_process else contextlib.nullcontext():
+        if not path.exists():
+            _pretrain(pipeline, folder, path, asked, device)
+    there = load_result(path.with_suffix(".json"))["parameters"]
+    if other := differences({**BEFORE, **there}, asked):
+        raise ResultError(
+            f"{path} was made with other settings ({other}); set them back, or choose another folder, and another one "
+            "to share if that was shared"
+        )
     return path
+
+
+def _side(pipeline: Pipeline) -> int:
+    """Pixels at which stage 1 looks at pictures from files; 0 where they are in memory, as they are."""
+    return 0 if pipeline.experiment.pool in PARTS else pipeline.pixels or pipeline.experiment.image_size
 
 
 def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device: str) -> None:
@@ -179,7 +197,7 @@ def _pretrain(pipeline: Pipeline, folder: Path, path: Path, asked: dict, device:
 
 def _views(pipeline: Pipeline, pool: ImageSet, source: PictureSource, mllm: MllmTeacher, folder: Path, device) -> Views:
     if isinstance(pool.images, ImageFiles):
-        return PictureViews(source, mllm, pipeline.pixels or pipeline.experiment.image_size, device)
+        return PictureViews(source, mllm, _side(pipeline), device)
     return ArrayViews(pool, mllm, folder / "checkpoints" / "features", device)
 
 

@@ -26,10 +26,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.baselines import CLIP2FL, METHODS, CReFF
+from mllmfl_lite.baselines import CLIP2FL, MATCHED, METHODS, CReFF
 from mllmfl_lite.batches import Batches
 from mllmfl_lite.cost import size
-from mllmfl_lite.data import IMAGENET_LT, ImageSet
+from mllmfl_lite.data import IMAGENET_LT, ImageSet, find_folder
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import FedAvg, Workers, train_client
 from mllmfl_lite.memory import GIB, OVERHEAD, count_weights, kept_for_backward, plan_memory
@@ -297,13 +297,21 @@ def _rounds(experiment: Experiment) -> list[Stage]:
         stages.append(_mending(experiment, classes, own, look))
     if method and issubclass(method, CLIP2FL):
         flops, weights = CLIPS.get(experiment.clip, CLIPS["ViT-B-32-quickgelu:openai"])
-        stages.append(Stage(f"CLIP's answers about {train:,} images", matmul=train * flops, memory=2 * weights))
+        stages.append(
+            Stage(
+                f"CLIP's answers about {train:,} images",
+                matmul=train * flops,
+                pictures=from_files * train,
+                memory=2 * weights,
+            )
+        )
     return stages
 
 
 def _mending(experiment: Experiment, classes: int, own: float, look: float) -> Stage:
     """CReFF's own work: gradients of the head on the clients; synthetic features and a new head on the server."""
     creff, settings, features = CReFF(), experiment.settings, _model(experiment).num_features
+    held = settings.clients_per_round * min(own, classes) / 2  # classes in what clients send: half of all, or fewer
     views = creff.repeats * min(own, classes * creff.images)  # of a client's images, each round
     gradients = classes * classes * (features + 1)
     matching = creff.match_steps * 12 * gradients * creff.per_class  # there, back, and back through that
@@ -311,7 +319,8 @@ def _mending(experiment: Experiment, classes: int, own: float, look: float) -> S
         "gradients of the head, synthetic features, new head",
         flops=settings.rounds * (settings.clients_per_round * views * look + matching),
         small_steps=settings.rounds * _server_steps(creff, classes),
-        memory=round(16 * gradients + 8 * classes * creff.per_class * features),
+        memory=round(4 * gradients * (2 + held / classes) + 24 * min(MATCHED, gradients))
+        + round(8 * classes * creff.per_class * features),
     )
 
 
@@ -390,7 +399,8 @@ def pool_size(experiment: Experiment) -> int:
     """Pictures of the server's pool that are used; of a folder of the user's own, what is in it, if it is here."""
     known = POOLS.get(experiment.pool)
     if known is None:
-        known = len(folder_source(experiment.pool)) if Path(experiment.pool).is_dir() else POOLS["cc595k"]
+        folder = find_folder(experiment.pool)
+        known = len(folder_source(folder)) if folder.is_dir() else POOLS["cc595k"]
     return min(known, experiment.pool_images) if experiment.pool_images else known
 
 
@@ -493,7 +503,8 @@ def this_machine(pipeline: Pipeline, device: str = "auto") -> Machine:
     name = torch.cuda.get_device_name(where) if gpu else f"this machine, {cores} cores"
     rate = _training_rate(experiment, model, where, 1 if gpu else cores)
     # a processor reads some byte for each ten operations that it can do
-    return Machine(name, rate, product, product / 10, 0.0, small, cores * DECODED, memory, 1, True)
+    bandwidth = _bandwidth(where) if gpu else product / 10
+    return Machine(name, rate, product, bandwidth, 0.0, small, cores * DECODED, memory, 1, True)
 
 
 def _training_rate(experiment: Experiment, model: CompactModel, device: torch.device, workers: int) -> float:
@@ -539,6 +550,13 @@ def _middle(work: Callable[[], object], device: torch.device, seconds: float = 1
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes/s of a copy in the device's memory, read and written."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    return 2 * len(source) / _middle(lambda: copy.copy_(source), device)
 
 
 def _main_memory() -> int:

@@ -94,15 +94,20 @@ def tf32(allowed: bool) -> Iterator[None]:
 
     torch by itself allows it in convolutions only. A CPU is not concerned.
     """
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
-        for place in places:
-            place.allow_tf32 = allowed
+        flags = [(place, "allow_tf32", place.allow_tf32) for place in (matmul, cudnn)]
+        value: bool | str = allowed
+    except RuntimeError:  # somebody has used torch's newer flags, which do not go with these
+        flags = [(place, "fp32_precision", place.fp32_precision) for place in (matmul, cudnn.conv)]
+        value = "tf32" if allowed else "ieee"
+    try:
+        for place, name, _ in flags:
+            setattr(place, name, value)
         yield
     finally:
-        for place, was in zip(places, before, strict=True):
-            place.allow_tf32 = was
+        for place, name, was in flags:
+            setattr(place, name, was)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -66,6 +66,8 @@ def load_result(path: str | Path) -> dict:
         result = json.loads(Path(path).read_text())
         if result["format"] != FORMAT:
             raise ValueError(f"format {result['format']}, this version reads {FORMAT}")
+        if "parameters" not in result:
+            raise ValueError("it has no parameters")
     except (ValueError, KeyError, TypeError) as error:
         raise ResultError(f"{path} is not a results file ({error}); remove it and run again") from error
     return result

@@ -17,30 +17,31 @@ import argparse
 import ast
 import difflib
 import functools
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import yaml
 
 from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.experiment import Experiment
+from mllmfl_lite.experiment import Experiment, finished
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import listing, missing
 from mllmfl_lite.pipeline import Pipeline, run_pipeline, stage_one
-from mllmfl_lite.plan import MACHINES, Machine, Plan, in_words, make_plan, this_machine
+from mllmfl_lite.plan import MACHINES, Machine, Plan, Stage, in_words, make_plan, this_machine
 from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import RESULTS
+from mllmfl_lite.results import RESULTS, ResultError
 from mllmfl_lite.settings import is_of
 
-HOME = RESULTS.parent  # of the repository: what paths in a file are seen from
+HOME = RESULTS.parent  # of the repository: what `folder` in a file is seen from
 RUNS = HOME / "notebooks" / "runs"
 NOTEBOOK = RUNS / "run.ipynb"
 KINDS = {kind.__name__: kind for kind in (int, float, str, bool, list)}
@@ -82,7 +83,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a key may stand once only."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise RunError(f"the key {twice[0]!r} stands twice; keep one of them")
         return super().construct_mapping(node, deep)
@@ -97,18 +98,24 @@ def read_run(path: str | Path) -> dict:
     path = Path(path)
     try:
         given = yaml.load(path.read_text(), _Loader)  # a SafeLoader
-    except (OSError, yaml.YAMLError, RunError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # also what is no text, or no date
         raise RunError(f"{path} cannot be read: {error}") from error
     if not isinstance(given, dict):
         raise RunError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
     known = notebook_parameters()
-    if wrong := [problem for key, value in given.items() if (problem := _problem(key, value, known))]:
+    wrong = [problem for key, value in given.items() if (problem := _problem(key, value, known))]
+    if wrong := wrong or _without_effect(given):
         raise RunError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in wrong))
     values = {**{name: parameter.default for name, parameter in known.items()}, **given}
     try:
-        pipeline_of(values)
+        experiment = pipeline_of(values).experiment
     except ValueError as error:
         raise RunError(f"{path}:\n  - {error}") from error
+    drawn = experiment.settings.clients_per_round
+    if drawn > experiment.num_clients:
+        raise RunError(
+            f"{path}:\n  - clients_per_round is {drawn}, but there are only {experiment.num_clients} clients"
+        )
     return values
 
 
@@ -123,6 +130,13 @@ def _problem(key: object, value: object, known: dict[str, Parameter]) -> str:
     number = kind == "float" and isinstance(value, str) and _is_number(value)
     hint = f"; YAML reads {value} as text, write {float(value):.1e}".replace("e-0", "e-") if number else ""
     return f"{key} must be of type {kind}; got {value!r}, of type {type(value).__name__}{hint}"
+
+
+def _without_effect(given: dict) -> list[str]:
+    """Settings of a stage that is off."""
+    off = [stage for stage in STAGES if not given.get(stage, notebook_parameters()[stage].default)]
+    keys = [(key, stage) for key in given for stage in off if key.startswith(f"{stage}_")]
+    return [f"{key} has no effect without `{stage}: true`; add that, or remove the line" for key, stage in keys]
 
 
 def _is_number(text: str) -> bool:
@@ -187,6 +201,27 @@ class Run:
         """Its results file."""
         return self.folder / f"{self.values['label']}_seed{self.values['seed']}.json"
 
+    @property
+    def report(self) -> Path:
+        """The executed copy of the notebook."""
+        return self.folder / "reports" / f"{self.result.stem}.ipynb"
+
+    @property
+    def owes_report(self) -> Path:
+        """A file that is there from the run's start until its report is written."""
+        return self.report.with_suffix(".owed")
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do.
+
+        Raises:
+            ResultError: its results file is of other parameters, or damaged.
+        """
+        if not self.result.exists():
+            return False
+        finished(self.result, self.pipeline.started)
+        return not self.owes_report.exists()
+
     def __str__(self) -> str:
         return f"{self.name}, seed {self.values['seed']}"
 
@@ -213,11 +248,15 @@ def benchmarks() -> list[str]:
     return sorted({path.parent.relative_to(RUNS).as_posix() for path in RUNS.rglob("*.yaml")})
 
 
-def read_runs(files: Sequence[Path], seeds: Sequence[int]) -> list[Run]:
+def read_runs(files: Sequence[Path], seeds: Sequence[int] = ()) -> list[Run]:
     """Every file with every seed, the seeds one after the other; all files are read before one of them is used.
 
+    Args:
+        files: as `find_files` gives them.
+        seeds: none: each file's own.
+
     Raises:
-        RunError: names every line that is wrong, of all files.
+        RunError: names every line that is wrong, of all files; or two runs would write the same results file.
     """
     values, wrong = {}, []
     for path in files:
@@ -225,9 +264,19 @@ def read_runs(files: Sequence[Path], seeds: Sequence[int]) -> list[Run]:
             values[path] = read_run(path)
         except RunError as error:
             wrong.append(str(error))
-    if wrong:
+        else:
+            wrong += [f"{path} needs a {key}" for key in ("label", "folder") if not values[path][key]]
+    if wrong := wrong + [f"a seed must be a whole number of at least 0; got {seed}" for seed in seeds if seed < 0]:
         raise RunError("\n".join(wrong))
-    return [Run(_name(path), {**values[path], "seed": seed}) for seed in seeds for path in files]
+    by_result: dict[Path, Run] = {}
+    for seed, path in itertools.product([{"seed": seed} for seed in seeds] or [{}], files):
+        run = Run(_name(path), values[path] | seed)
+        first = by_result.setdefault(run.result.resolve(), run)
+        if first.name != run.name:
+            raise RunError(
+                f"{first.name} and {run.name} would both write {run.result}; give one of them another label or folder"
+            )
+    return list(by_result.values())
 
 
 def _name(path: Path) -> str:
@@ -241,53 +290,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mllmfl_lite.runs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", help="scale/benchmark/method, scale/benchmark, or a file of your own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of the file's own")
+    parser.add_argument("--device", default="", help="auto, cpu or cuda, in place of the file's own")
     parser.add_argument("--plan", action="store_true", help="say what the runs need and cost, and end")
     parser.add_argument("--stage1", action="store_true", help="only annotate and pretrain; accelerate launch may do it")
     parser.add_argument("--on", choices=MACHINES, help="with --plan: on this machine, in place of the one at hand")
     chosen = parser.parse_args(arguments)
     try:
-        runs = read_runs(find_files(chosen.runs), chosen.seeds)
-    except RunError as error:
+        return _carry_out(chosen)
+    except (ValueError, ResultError) as error:
         print(error, file=sys.stderr)
         return 2
-    todo = [run for run in runs if not run.result.exists()]
+
+
+def _carry_out(chosen: argparse.Namespace) -> int:
+    runs = read_runs(find_files(chosen.runs), chosen.seeds)
+    if chosen.device:
+        runs = [replace(run, values=run.values | {"device": chosen.device}) for run in runs]
+    todo = [run for run in runs if not run.is_done()]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
     if not todo:
         return 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen.stage1:
         print("several processes can share stage 1 only: add --stage1, then start one process without", file=sys.stderr)
         return 2
-    lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline)))
-    if not chosen.stage1:
-        tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None, chosen.device)
+    lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline, run.folder)))
     if lacking:
         print(f"\n{listing(lacking)}", file=sys.stderr)
+    if not chosen.stage1:
+        tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None)
     if chosen.plan or lacking:
         return 0 if chosen.plan else 3
     if chosen.stage1:
-        for run in todo:
-            if run.pipeline.pretrain:
-                print(f"{run}: {stage_one(run.pipeline, run.folder, chosen.device)}")
-        return 0
-    return run_all(todo, chosen.device)
+        return do_all([run for run in todo if run.pipeline.pretrain], _stage_one)
+    return do_all(todo, _all_stages)
 
 
-def tell_plan(todo: Sequence[Run], machine: Machine | None, device: str) -> None:
+def tell_plan(todo: Sequence[Run], machine: Machine | None) -> None:
     """Print what the runs cost: one run stage by stage, several a line each; shared work is counted once."""
-    here, machine = machine is None, machine or this_machine(todo[0].pipeline, device)
+    here, machine = machine is None, machine or this_machine(todo[0].pipeline, todo[0].values["device"])
     plans = [make_plan(run.pipeline, machine) for run in todo]
     if len(todo) == 1:
         print(f"\n{todo[0]}\n{plans[0]}")
     else:
         _tell_several(todo, plans, machine)
-    memory, disk = max(plan.memory for plan in plans), sum(plan.disk for plan in plans)
+    memory = max(plan.memory for plan in plans)
+    disk = sum(stage.disk for stages in own_stages(todo, plans) for stage in stages)
     if machine.memory < memory:
         print(
             f"This will not fit: {memory / GIB:.1f} GiB are needed, {machine.name} has {machine.memory / GIB:.1f} GiB"
         )
-    free = shutil.disk_usage(HOME).free
+    place = next(p for p in (todo[0].folder, *todo[0].folder.parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
     if here and free < disk:
         print(f"This will not fit on the disk: {disk / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free")
 
@@ -305,33 +359,53 @@ def _tell_several(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) 
 
 def own_seconds(todo: Sequence[Run], plans: Sequence[Plan], machine: Machine) -> dict[str, list[float]]:
     """Seconds of each file's seeds, without what an earlier run of the list has done for it."""
-    counted: set[tuple] = set()
     spent: dict[str, list[float]] = {}
-    for run, plan in zip(todo, plans, strict=True):
-        keys = [((run.folder / stage.folder).resolve(), stage.name, stage.once) for stage in plan.stages]
-        new = [stage for stage, key in zip(plan.stages, keys, strict=True) if not stage.once or key not in counted]
-        spent.setdefault(run.name, []).append(sum(stage.seconds(machine) for stage in new))
-        counted.update(keys)
+    for run, stages in zip(todo, own_stages(todo, plans), strict=True):
+        spent.setdefault(run.name, []).append(sum(stage.seconds(machine) for stage in stages))
     return spent
 
 
-def run_all(todo: Sequence[Run], device: str) -> int:
-    """Run one after the other; one that fails is named, and the others go on."""
+def own_stages(todo: Sequence[Run], plans: Sequence[Plan]) -> list[list[Stage]]:
+    """Each run's stages, without what an earlier run of the list has done for it."""
+    counted: set[tuple] = set()
+    own = []
+    for run, plan in zip(todo, plans, strict=True):
+        keyed = {((run.folder / stage.folder).resolve(), stage.name, stage.once): stage for stage in plan.stages}
+        own.append([stage for key, stage in keyed.items() if not stage.once or key not in counted])
+        counted.update(keyed)
+    return own
+
+
+def do_all(todo: Sequence[Run], work: Callable[[Run], str]) -> int:
+    """Do it for one after the other; one that fails is named, and the others go on."""
     failed = []
     for number, run in enumerate(todo, 1):
         started = time.perf_counter()
         print(f"\n[{number}/{len(todo)}] {run}", flush=True)
         try:
-            result = run_pipeline(run.pipeline, run.folder, device, run.values["label"], run.values["together"])
-            write_report(run)
-        except (ValueError, RuntimeError, OSError) as error:
+            said = work(run)
+        except Exception as error:  # whatever it is, the others may be well
             failed.append(run)
-            print(f"failed: {error}", file=sys.stderr)
+            print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        print(f"top-1 {result['summary']['top1']:.1%}, {in_words(time.perf_counter() - started)}: {run.result}")
+        print(f"{said}, {in_words(time.perf_counter() - started)}: {run.result}")
     if failed:
         print("\nfailed, and can be started again:", *(f"  {run}" for run in failed), sep="\n", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _all_stages(run: Run) -> str:
+    run.owes_report.parent.mkdir(parents=True, exist_ok=True)
+    run.owes_report.touch()
+    values = run.values
+    result = run_pipeline(run.pipeline, run.folder, values["device"], values["label"], values["together"])
+    write_report(run)
+    run.owes_report.unlink()
+    return f"top-1 {result['summary']['top1']:.1%}"
+
+
+def _stage_one(run: Run) -> str:
+    return f"stage 1 in {stage_one(run.pipeline, run.folder, run.values['device'])}"
 
 
 def write_report(run: Run) -> Path:
@@ -340,7 +414,7 @@ def write_report(run: Run) -> Path:
     Raises:
         RuntimeError: it failed; what it said is in the message.
     """
-    path = run.folder / "reports" / f"{run.result.stem}.ipynb"
+    path = run.report
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
     command += [str(NOTEBOOK), str(path), "-y", yaml.safe_dump(run.values)]

@@ -16,12 +16,12 @@ def is_of(value: object, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def check_whole(settings: object, *names: str) -> None:
-    """Raise `ValueError` unless these attributes are whole numbers of at least 1."""
+def check_whole(settings: object, *names: str, least: int = 1) -> None:
+    """Raise `ValueError` unless these attributes are whole numbers of at least `least`."""
     for name in names:
         value = getattr(settings, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
 def check_choice(settings: object, **choices: Iterable[str]) -> None:

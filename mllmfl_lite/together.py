@@ -109,6 +109,7 @@ class ClientStack(nn.Module):
         self.register_buffer("total", torch.zeros(self.size, dtype=torch.float64, device=device))  # of losses
         self._whole_step = self._step
         if how.compile is not None:
+            torch.compiler.reset()  # stacks share this code, of which torch would compile the first eight only
             self._whole_step = torch.compile(self._step, dynamic=False, **how.compile)
 
     def ask(

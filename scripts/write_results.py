@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from write_runs import BENCHMARKS, METHODS, methods_of
 
+from mllmfl_lite.experiment import finished
 from mllmfl_lite.memory import GIB
 from mllmfl_lite.needs import Need, needs
 from mllmfl_lite.plan import MACHINES, in_words, make_plan
-from mllmfl_lite.results import load_result, mean_and_spread, reported
+from mllmfl_lite.results import mean_and_spread, reported
 from mllmfl_lite.runs import Run, find_files, own_seconds, read_runs
 from mllmfl_lite.teaching import percent
 
@@ -127,7 +128,7 @@ def _table(benchmark: str) -> str:
     done, empty = [], []
     for method, (words, _) in methods_of(benchmark).items():
         runs = _runs(f"{benchmark}/{method}", SEEDS)
-        found = [load_result(run.result) for run in runs if run.result.exists()]
+        found = [finished(run.result, run.pipeline.started) for run in runs if run.result.exists()]
         (done if found else empty).append((words, runs[0], found))
     text = f"### {SCALES[benchmark.split('/')[0]]}\n\nRuns in `notebooks/runs/{benchmark}`:\n\n"
     if done:
@@ -163,7 +164,8 @@ def _made_with(done: list[tuple]) -> str:
 
 
 def _device(made: dict) -> str:
-    return f"{made['device']}, torch {made['packages']['torch']}, commit `{made['revision'][:7]}`"
+    changed = "+" * made["revision"].endswith("+")  # files had changed since that commit
+    return f"{made['device']}, torch {made['packages']['torch']}, commit `{made['revision'][:7]}{changed}`"
 
 
 def _missing(words: str, run: Run) -> str:

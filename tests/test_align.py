@@ -1,5 +1,7 @@
 import math
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -195,6 +197,31 @@ def test_the_teacher_is_asked_once_for_each_pool_and_list_of_names(images, tmp_p
     assert ask_teacher(Oracle(), images, NAMES, tmp_path).eq(1 / len(NAMES)).all() and Oracle.asked == 3
 
 
+def test_of_two_runs_one_asks_and_the_other_waits(images, tmp_path):
+    class Slow(Oracle):
+        def class_probabilities(self, images, names):
+            time.sleep(0.3)
+            return super().class_probabilities(images, names)
+
+    Oracle.asked = 0
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(ask_teacher, Slow(), images, NAMES, tmp_path / "new") for _ in range(4)]
+    assert len({job.result().shape for job in jobs}) == 1 and Oracle.asked == 1
+
+
+def test_a_place_that_cannot_be_written_costs_no_answers_and_damaged_answers_are_named(images, tmp_path):
+    Oracle.asked = 0
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        ask_teacher(Oracle(), images, NAMES, tmp_path / "file" / "told")
+    assert Oracle.asked == 0
+    ask_teacher(Oracle(), images, NAMES, tmp_path)
+    (kept,) = tmp_path.glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"is damaged .*; remove it, and the teacher is asked again"):
+        ask_teacher(Oracle(), images, NAMES, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -326,6 +353,19 @@ def test_stage_3_shares_the_rounds_and_reports_the_aligned_model(tmp_path):
     assert evaluate_model(kept["aligned_seed0-aligned"], test, counts) == result["aligned"]["metrics"]
     assert evaluate_model(kept["plain_seed0-federated"], test, counts) == plain["history"][-1]["metrics"]
     assert run_experiment(TINY, tmp_path, "cpu", label="aligned")["aligned"] == result["aligned"], "read back"
+
+
+@pytest.mark.parametrize("method", ["fedprox", "creff", "server_only"])
+def test_each_round_is_fedavgs_alone(method):
+    with pytest.raises(ValueError, match=f"is a server step of FedAvg's; got method '{method}'"):
+        Experiment(method=method, align=AlignSettings(when="each round"))
+
+
+def test_runs_with_another_teacher_in_each_round_are_other_runs():
+    each = Experiment(align=AlignSettings(when="each round"))
+    assert each.rounds_key() != replace(each, pool_images=7).rounds_key()
+    at_end = Experiment(align=AlignSettings())
+    assert at_end.rounds_key() == replace(at_end, pool_images=7).rounds_key() == Experiment().rounds_key()
 
 
 def test_stage_3_in_each_round(tmp_path):

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from mllmfl_lite import baselines
 from mllmfl_lite.baselines import CLIP2FL, HEAD, CReFF, distillation, head_gradients, mean_by_class
 from mllmfl_lite.batches import Batches
+from mllmfl_lite.cost import PeakMemory
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import METHODS, FedAvg, FedSettings, run_federated
 from mllmfl_lite.repro import torch_generator
@@ -193,7 +194,7 @@ def test_clips_answers_are_kept_and_not_asked_for_again(tmp_path, monkeypatch):
     assert torch.equal(fresh.clip_logits, CLIP2FL.for_clients(few).clip_logits)
     monkeypatch.setattr(ClipTeacher, "features", None)
     again = experiment.build_method(few, tmp_path)
-    assert again.identity() == fresh.identity() and len(list(tmp_path.iterdir())) == 1
+    assert again.identity() == fresh.identity() and len(list(tmp_path.glob("*.safetensors"))) == 1
     with pytest.raises(TypeError):  # other images are asked about
         experiment.build_method(few.subset(np.arange(3)), tmp_path)
 
@@ -279,6 +280,29 @@ def test_a_sixth_method_takes_one_file(images, model, split):
     method = Experiment(method="test_baselines:HeadOnly").build_method(train)
     state = run_federated(model, images, split, images, method, QUICK).state
     assert {n for n in state if not torch.equal(state[n], start[n])} == set(HEAD)
+
+
+@pytest.mark.parametrize("name", ["creff", "clip2fl"])
+def test_matching_a_few_classes_at_a_time_gives_the_same_features_and_holds_less(monkeypatch, name):
+    classes, width, draw = 12, 40, torch.Generator().manual_seed(0)
+    options = {"per_class": 4, "match_steps": 3, "head_epochs": 1}
+    if name == "clip2fl":
+        texts = torch.randn(classes, 6, generator=draw)
+        options |= {"clip_logits": torch.zeros(1, classes), "text_features": texts / texts.norm(dim=1, keepdim=True)}
+    method = METHODS[name](**options)
+    head = {"head.weight": torch.randn(classes, width, generator=draw), "head.bias": torch.zeros(classes)}
+    memory = method.init_memory(head, torch_generator(0, "memory"))
+    sent = {"classes": torch.arange(classes), "gradients": torch.randn(classes, classes, width + 1, generator=draw)}
+    found, peaks = [], []
+    for at_once in (2**27, 2 * classes * (width + 1)):
+        monkeypatch.setattr(baselines, "MATCHED", at_once)
+        with PeakMemory() as meter:
+            found.append(method.server_update({}, {}, memory, [sent], torch_generator(0, "server"))[1])
+        peaks.append(meter.peak)
+    for key in found[0]:
+        torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-5, atol=1e-6)
+    assert peaks[1] < peaks[0] / 2
+    assert not torch.equal(found[0]["features"], memory["features"])
 
 
 def test_methods_have_their_names():

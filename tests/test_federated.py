@@ -25,6 +25,7 @@ from mllmfl_lite.federated import (
     FedAvgM,
     FedProx,
     FedSettings,
+    ServerDiverged,
     client_step,
     run_federated,
     server_step,
@@ -312,6 +313,25 @@ class Cliff(FedAvg):
         return super().local_loss(model, x, y, rows, anchor) + (bias - bias.detach()).abs().sqrt().sum()
 
 
+def test_a_server_step_that_diverges_is_the_servers_and_is_not_kept(images, model, split, tmp_path):
+    settings = replace(QUICK, rounds=3)
+    with pytest.raises(ServerDiverged, match=r"the server's step of round 1 .* Lower the method's own step size"):
+        run_federated(model, images, split, images, FedAvgM(server_lr=1e300), settings, folder=tmp_path)
+    assert not list(tmp_path.glob("weights-*"))
+
+
+def test_memory_that_shares_tensors_with_the_weights_is_kept(images, model, split, tmp_path):
+    @dataclass(frozen=True)
+    class Keeps(FedAvg):
+        def server_update(self, state, mean, memory, uploads, generator):
+            return mean, {"bias": mean["head.bias"]}
+
+    again = [
+        run_federated(model, images, split, images, Keeps(), replace(QUICK, rounds=n), folder=tmp_path) for n in (1, 3)
+    ]
+    assert equal(again[1].state, run_federated(model, images, split, images, FedAvg(), QUICK).state)
+
+
 def test_weights_lost_in_the_very_last_step_are_noticed(images, model, split):
     one_step = replace(QUICK, rounds=1, local_epochs=1, batch_size=1000)
     with pytest.raises(ClientDiverged, match="round 1"):
@@ -329,6 +349,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(images, model, split, tmp_path):
         resumed = run_federated(model, images, split, images, method, QUICK, folder=folder)
         assert equal(whole.state, resumed.state)
         assert [r["metrics"] for r in whole.history] == [r["metrics"] for r in resumed.history]
+
+
+def test_fewer_rounds_than_there_are_is_refused(images, model, split, tmp_path):
+    run_federated(model, images, split, images, settings=replace(QUICK, rounds=3), folder=tmp_path)
+    with pytest.raises(CheckpointError, match="holds a run of 3 rounds already; ask for at least as many, not for 2"):
+        run_federated(model, images, split, images, settings=replace(QUICK, rounds=2), folder=tmp_path)
 
 
 KILLED_RUN = """

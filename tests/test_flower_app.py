@@ -4,6 +4,7 @@ import json
 import math
 import re
 import threading
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from uuid import uuid4
@@ -94,6 +95,7 @@ def test_a_config_is_an_experiment():
         align=AlignSettings(per_class=7, seed=3),
     )  # fmt: skip
     assert read_experiment({}) == Experiment()
+    assert read_experiment({"imbalance_factor": 50.5}).imbalance_factor == 50.5
     assert read_experiment({"align.per_class": 7, "stage3": False}).align is None
     assert read_experiment({"method_options": '{"mu": 0.5}', "method_options.nu": 1}).method_options == {
         "mu": 0.5,
@@ -111,6 +113,7 @@ def test_a_config_is_an_experiment():
         ({"method_options": "mu=0.5"}, r"must be a JSON object, such as '{\"mu\": 0.1}' \(Expecting"),
         ({"method_options": "[1]"}, r"must be a JSON object, such as .*; it is '\[1\]'"),
         ({"settings.rounds": True}, "settings.rounds must be of type int"),
+        ({"timeout": "soon"}, "timeout must be of type float; the run's config has 'soon'"),
         ({"settings.rounds": 0}, "rounds must be a whole number"),
     ],
 )
@@ -243,6 +246,72 @@ def test_what_comes_beside_the_weights_must_be_finite_too(tmp_path):
     config = {**CONFIG, **more, "settings.clients_per_round": 4, "settings.rounds": 1}
     result = json.loads(run(tmp_path, InProcess(config, spoil=spoil)).read_text())
     assert result["history"][0]["left_out"] == {"0": "it sent a number that is not finite"}
+
+
+BESIDE = {
+    "shape": (lambda b: b.update({"gradients": b["gradients"][:, :3]}), "gradients must be torch.float32"),
+    "range": (lambda b: b["classes"].fill_(10), "classes must be whole numbers from 0 to 9"),
+    "twice": (lambda b: b["classes"].fill_(b["classes"][0]), "a class stands twice; each has one vote"),
+    "missing": (lambda b: b.pop("classes"), "classes and gradients are wanted"),
+    "floats": (lambda b: b.update({"classes": b["classes"].float()}), "classes must be whole numbers"),
+    "type": (lambda b: b.update({"gradients": b["gradients"].double()}), "it sent torch.float64"),
+}
+
+
+@pytest.mark.parametrize("fault", BESIDE)
+def test_what_comes_beside_the_weights_must_be_the_methods(tmp_path, caplog, fault):
+    change, says = BESIDE[fault]
+
+    def of(content):
+        beside = state_from(content["beside"])
+        change(beside)
+        content["beside"] = record_of(beside)
+
+    more = {"method": "creff", "method_options.head_epochs": 1, "method_options.match_steps": 1}
+    config = {**CONFIG, **more, "settings.clients_per_round": 4, "settings.rounds": 1}
+    (record,) = json.loads(run(tmp_path, InProcess(config, spoil=poison(of))).read_text())["history"]
+    assert record["clients"] == [1, 2, 3] and says in record["left_out"]["0"]
+    assert "client 0 is left out: beside its weights" in caplog.text
+
+
+def test_fedavg_has_nothing_beside_the_weights(tmp_path):
+    spoil = poison(lambda content: content.update({"beside": record_of({"more": torch.zeros(3)})}))
+    config = {**CONFIG, "settings.clients_per_round": 4}
+    record, _ = json.loads(run(tmp_path, InProcess(config, spoil=spoil)).read_text())["history"]
+    assert "FedAvg has nothing beside the weights; it sent ['more']" in record["left_out"]["0"]
+
+
+class Late(InProcess):
+    """Client 0 answers after 1.5 seconds, client 3 connects after two."""
+
+    def __init__(self, config):
+        super().__init__(config, clients=3)
+        self.ready = {}
+        threading.Timer(2, self.nodes.append, [103]).start()
+
+    def push_messages(self, messages):
+        names = super().push_messages(messages)
+        late = [m.metadata.dst_node_id == 100 and m.metadata.message_type == "train" for m in messages]
+        self.ready |= {name: time.monotonic() + 1.5 * slow for name, slow in zip(names, late, strict=True)}
+        return names
+
+    def pull_messages(self, message_ids):
+        return super().pull_messages([name for name in message_ids if self.ready[name] <= time.monotonic()])
+
+
+def test_an_answer_that_comes_too_late_is_not_listened_to(tmp_path):
+    config = {**CONFIG, "settings.clients_per_round": 4, "settings.rounds": 1, "wait": 20, "timeout": 1}
+    (record,) = json.loads(run(tmp_path, Late(config)).read_text())["history"]
+    assert record["clients"] == [1, 2, 3] and record["left_out"] == {"0": "no answer within 1 seconds"}
+
+
+def test_a_node_that_does_not_say_who_it_is_is_no_client(caplog):
+    class Silent(InProcess):
+        def answer(self, message, node):
+            return Message(RecordDict(), reply_to=message) if node == 100 else super().answer(message, node)
+
+    assert GridClients(Silent(CONFIG), [1] * 4, 5, 0)._connected() == {1: 101, 2: 102, 3: 103}
+    assert "a node says it is client None" in caplog.text
 
 
 def test_a_node_that_is_no_client_is_named(caplog):

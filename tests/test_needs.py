@@ -1,5 +1,6 @@
 """What is missing is named, what is there is found, and nothing is fetched."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -94,3 +95,28 @@ def test_the_optional_packages(empty, monkeypatch):
     assert whats(needs(asks)) == ["EfficientNet-lite2 for ImageNet"]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert whats(missing(asks)) == ["EfficientNet-lite2 for ImageNet"]
+
+
+def test_a_model_in_parts_is_there_when_all_of_them_are(empty):
+    kept = empty / "hub" / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "abc"
+    kept.mkdir(parents=True)
+    parts = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    (kept / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("abc", parts, strict=True))}))
+    for count, part in enumerate(parts):
+        assert whats(missing(PAPER)).count("LLaVA-1.5-7B") == 1, count
+        (kept / part).touch()
+    assert "LLaVA-1.5-7B" not in whats(missing(PAPER))
+
+
+def test_files_of_ones_own_are_looked_for(empty, tmp_path):
+    start = replace(BUNDLED.experiment, start="mine.safetensors")
+    (lacking,) = missing(Pipeline(start, None), tmp_path)
+    assert "start = 'mine.safetensors' for seed 0" in str(lacking)
+    (tmp_path / "mine.safetensors").touch()
+    assert missing(Pipeline(start, None), tmp_path) == []
+    condition = replace(start, start="dwp_linear")
+    assert missing(Pipeline(condition, None)) == [] and missing(Pipeline(condition.with_seed(5), None))
+    texts = Pipeline(BUNDLED.experiment, PretrainSettings(), annotations=str(tmp_path / "texts.jsonl"))
+    assert "texts.jsonl" in str(*missing(texts))
+    (tmp_path / "texts.jsonl").touch()
+    assert missing(texts) == []

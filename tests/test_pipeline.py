@@ -21,7 +21,7 @@ from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.models import load_model
 from mllmfl_lite.pipeline import Pipeline, run_pipeline
 from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import ResultError, load_result, load_results
+from mllmfl_lite.results import ResultError, load_result, load_results, save_result
 from mllmfl_lite.teacher import ClipTeacher
 
 ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
@@ -245,7 +245,26 @@ def test_runs_of_several_folders_share_stage_one_and_the_teachers_answers(tmp_pa
     monkeypatch.setattr(ClipTeacher, "class_probabilities", None)
     again = run_pipeline(shared, tmp_path / "b", "cpu")
     assert again["parameters"]["start"] == "../stage1/resnet8_seed0.safetensors"
-    assert (tmp_path / "stage1" / "resnet8_seed0.safetensors").is_file() and len(
-        list((tmp_path / "told").iterdir())
-    ) == 1
+    assert (tmp_path / "stage1" / "resnet8_seed0.safetensors").is_file()
+    assert len(list((tmp_path / "told").glob("*.safetensors"))) == 1
     assert not {"stage1", "told"} & {path.name for path in (tmp_path / "b").iterdir()}
+    run_pipeline(replace(shared, pretrain=None), tmp_path / "c", "cpu")  # nothing has made its folder before
+
+
+def test_stage_one_of_another_view_is_another(tmp_path, small, monkeypatch):
+    """In a shared folder weights made at 32 pixels are not taken for those at 64."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    experiment = replace(TINY.experiment, pool=str(folder), image_size=32)
+    of_folder = replace(TINY, experiment=experiment, annotations="new", shared="..")
+
+    def pretend(pipeline, folder, path, asked, device):
+        path.touch()
+        save_result(path.with_suffix(".json"), {"parameters": asked})
+
+    monkeypatch.setattr(module, "_pretrain", pretend)
+    module.stage_one(of_folder, tmp_path / "a")
+    module.stage_one(of_folder, tmp_path / "b")
+    with pytest.raises(ResultError, match=r"pixels there 32, now 64.*another one to share"):
+        module.stage_one(replace(of_folder, experiment=replace(experiment, image_size=64)), tmp_path / "c")

@@ -18,7 +18,7 @@ from mllmfl_lite import runs
 from mllmfl_lite.experiment import Experiment
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.models import load_model
-from mllmfl_lite.results import differences, load_result
+from mllmfl_lite.results import differences, load_result, save_result
 from mllmfl_lite.runs import NOTEBOOK, RUNS, RunError, find_files, main, notebook_parameters, pipeline_of, read_run
 
 FILES = sorted(RUNS.rglob("*.yaml"))
@@ -134,6 +134,15 @@ def test_committed_results_have_the_parameters_of_their_file():
         ("method: fedevg", "no method named 'fedevg'; there are fedavg"),
         ("align: true\nalign_beta: -1.0", "beta must be at least 0"),
         ("pretrain: true\npool: my_pictures", "set annotations to 'new'"),
+        ("align_beta: 1.0", "align_beta has no effect without `align: true`"),
+        ("pretrain: true\nstart: dwp_linear", "stage 1 makes the weights that the rounds start from"),
+        ("imbalance_factor: .nan", "imbalance_factor must be at least 1 and finite; got nan"),
+        ("alpha: 0.0", "alpha must be positive and finite; got 0.0"),
+        ("clients_per_round: 50", "clients_per_round is 50, but there are only 10 clients"),
+        ("pool_images: -5", "pool_images must be a whole number of at least 0; got -5"),
+        ("pool: cifar10", "cifar10 has no open pictures"),
+        ("label: 2024-02-30", "cannot be read"),
+        ("? [a]\n: 1\n? [a]\n: 2", "stands twice"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_rule_the_value_and_the_fix(tmp_path, line, says):
@@ -216,9 +225,8 @@ def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys
     def run(pipeline, folder, device, label, together):
         ran.append((label, pipeline.experiment.settings.seed))
         if label == "bad":
-            raise RuntimeError("the loss is no longer finite")
-        folder.mkdir(exist_ok=True)
-        (folder / f"{label}_seed{pipeline.experiment.settings.seed}.json").write_text("{}")
+            raise ModuleNotFoundError("whatever it is")
+        finish(pipeline, folder / f"{label}_seed{pipeline.experiment.settings.seed}.json")
         return {"summary": {"top1": 0.5}}
 
     monkeypatch.setattr(runs, "run_pipeline", run)
@@ -227,9 +235,72 @@ def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys
     assert main([*files, "--seeds", "0", "1"]) == 1
     assert ran == [("bad", 0), ("good", 0), ("bad", 1), ("good", 1)]
     said = capsys.readouterr()
-    assert "4 runs, 0 of them done" in said.out and "failed: the loss is no longer finite" in said.err
+    assert "4 runs, 0 of them done" in said.out and "failed: ModuleNotFoundError: whatever it is" in said.err
     assert main([*files, "--seeds", "0", "1"]) == 1
     assert ran[4:] == [("bad", 0), ("bad", 1)] and "4 runs, 2 of them done" in capsys.readouterr().out
+
+
+def finish(pipeline, path):
+    save_result(path, {"parameters": asdict(pipeline.started)})
+
+
+def test_a_file_of_the_right_name_is_not_enough_to_be_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "run_pipeline", None)
+    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **TINY)
+    (run,) = runs.read_runs([own])
+    finish(run.pipeline, run.result)
+    assert main([str(own)]) == 0 and "1 runs, 1 of them done" in capsys.readouterr().out
+    write(own, label="x", folder=str(tmp_path / "o"), **{**TINY, "lr": 0.9})
+    assert main([str(own)]) == 2 and "settings.lr there 0.1, now 0.9" in capsys.readouterr().err
+    run.result.write_text('{"format": 1, "hist')
+    assert main([str(own)]) == 2 and "x_seed0.json is not a results file" in capsys.readouterr().err
+
+
+def test_a_report_that_failed_is_written_the_next_time(tmp_path, capsys, monkeypatch):
+    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **TINY)
+    monkeypatch.setattr(runs, "NOTEBOOK", tmp_path / "gone.ipynb")
+    assert main([str(own), "--device", "cpu"]) == 1 and "their report failed" in capsys.readouterr().err
+    (run,) = runs.read_runs([own])
+    assert run.result.exists() and not run.is_done() and not run.report.exists()
+    monkeypatch.undo()
+    assert main([str(own), "--device", "cpu"]) == 0 and run.is_done() and run.report.exists()
+
+
+def test_two_runs_never_write_one_file_and_a_seed_counts_once(tmp_path):
+    files = [write(tmp_path / f"{m}.yaml", label="x", folder=str(tmp_path / "o"), **TINY) for m in ("a", "b")]
+    with pytest.raises(RunError, match=r"would both write .*x_seed0.json; give one of them another label"):
+        runs.read_runs(files)
+    assert [run.values["seed"] for run in runs.read_runs([files[0]] * 2, [1, 0, 1])] == [1, 0]
+
+
+def test_a_file_may_name_its_seed_and_device_and_must_name_its_place(tmp_path):
+    path = write(tmp_path / "a.yaml", label="x", folder="o", seed=7, device="cpu")
+    assert [run.values["seed"] for run in runs.read_runs([path])] == [7]
+    assert [run.values["seed"] for run in runs.read_runs([path], [1, 2])] == [1, 2]
+    for missing in ("label", "folder"):
+        other = write(tmp_path / "b.yaml", **{"label": "x", "folder": "o", missing: ""})
+        with pytest.raises(RunError, match=f"b.yaml needs a {missing}"):
+            runs.read_runs([other])
+    with pytest.raises(RunError, match="a seed must be a whole number of at least 0; got -1"):
+        runs.read_runs([path], [-1])
+
+
+def test_what_stops_the_plan_is_one_sentence(tmp_path, capsys):
+    asks = {**TINY, "align_teacher": "mllm", "mllm": "some/llm"}
+    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **asks)
+    assert main([str(own), "--plan", "--on", "h100"]) == 2
+    said = capsys.readouterr().err
+    assert "not here, and not fetched for you:\n  some/llm" in said and "the size of 'some/llm' is not known" in said
+
+
+def test_what_is_shared_takes_disk_once():
+    names = [f"paper/imagenet_lt/{m}" for m in ("stage1", "mllm_llava_fl")]
+    todo = runs.read_runs(find_files(names), [0])
+    plans = [runs.make_plan(run.pipeline, runs.MACHINES["h100"]) for run in todo]
+    both = sum(stage.disk for stages in runs.own_stages(todo, plans) for stage in stages)
+    stage_one = sum(stage.disk for stage in plans[0].stages[:2])
+    # mllm_llava_fl has all that stage1 has: stages 1 and 2
+    assert stage_one > 2**20 and both == plans[1].disk
 
 
 def test_several_processes_may_do_stage_one_only(tmp_path, capsys, monkeypatch):
@@ -282,7 +353,10 @@ def test_models_share_what_the_mllm_says_of_a_pool():
 def test_what_does_not_fit_is_said(capsys):
     (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
     for memory, fits in ((40, False), (80, True)):
-        runs.tell_plan([run], replace(runs.MACHINES["h100"], memory=memory * 2**30), "cpu")
+        runs.tell_plan(
+            [run],
+            replace(runs.MACHINES["h100"], memory=memory * 2**30),
+        )
         assert ("This will not fit: 55." in capsys.readouterr().out) == (not fits)
 
 
@@ -328,6 +402,8 @@ def test_rows_of_the_results_page():
     (full,) = [part for part in page if "`notebooks/runs/medium/cifar10_lt_if100`:" in part]
     row = next(line for line in full.splitlines() if line.endswith("`creff` |"))
     found = [load_result(path) for name, _, path in committed() if name == "medium/cifar10_lt_if100/creff"]
-    mean = 100 * sum(result["summary"]["top1"] for result in found) / len(found)
-    assert f"| {mean:.1f}\u00a0±" in row and f"| {len(found)} |" in row
+    of_seeds = [[r["summary"]["top1"], *(r["summary"]["groups"][g] for g in ("head", "tail"))] for r in found]
+    means = [100 * sum(values) / len(found) for values in zip(*of_seeds, strict=True)]
+    assert [cell.split("\u00a0±")[0] for cell in row.split(" | ")[1:4]] == [f"{mean:.1f}" for mean in means]
+    assert f"| {len(found)} |" in row
     assert f"commit `{found[0]['provenance']['revision'][:7]}`: " in full

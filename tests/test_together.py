@@ -18,6 +18,7 @@ from mllmfl_lite.experiment import Experiment, run_experiment
 from mllmfl_lite.federated import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, client_step, run_federated
 from mllmfl_lite.files import ImageFiles
 from mllmfl_lite.models import CompactModel, build_model
+from mllmfl_lite.repro import tf32
 from mllmfl_lite.together import ClientStack, Together, equal_lengths, settle
 
 QUICK = FedSettings(rounds=2, clients_per_round=3, local_epochs=2, batch_size=8, lr=0.05)
@@ -168,6 +169,19 @@ def flags():
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
+def test_flags_of_torchs_newer_kind_are_kept(monkeypatch):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [flag.fp32_precision for flag in (matmul, conv)]
+    try:
+        matmul.fp32_precision = "tf32"
+        with tf32(False):
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        for flag, was in zip((matmul, conv), before, strict=True):
+            flag.fp32_precision = was
+
+
 @pytest.mark.parametrize(("precision", "during"), [("float32", (False, False)), ("tf32", (True, True))])
 def test_the_rounding_of_products_is_set_for_the_run_and_put_back(precision, during):
     before, seen = flags(), []
@@ -179,6 +193,20 @@ def test_the_rounding_of_products_is_set_for_the_run_and_put_back(precision, dur
     with pytest.raises(ClientDiverged):
         run(numbers=replace(QUICK, precision=precision), ask=ask)
     assert seen == [during] and flags() == before
+
+
+def test_the_tenth_compiled_run_is_compiled_too():
+    """torch compiles a piece of code eight times, and then no more."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for i in range(10):
+        numbers = replace(QUICK, rounds=1, local_epochs=1, lr=0.01 * (i + 1))
+        run(numbers=numbers, together=Together(at_once=2, compile={"backend": backend}))
+    assert len(graphs) == 10
 
 
 def test_one_graph_is_compiled_and_gives_the_same_bits():
