@@ -10,7 +10,10 @@ from mllmfl_lite import results
 from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.experiment import Experiment, run_experiment
 from mllmfl_lite.federated import FedProx, FedSettings
+from mllmfl_lite.models import save_model
+from mllmfl_lite.repro import sha256_arrays
 from mllmfl_lite.results import ResultError
+from mllmfl_lite.transfer import with_head
 
 TINY = Experiment(
     "cifar10_mini", 100, num_clients=4, width=2, settings=FedSettings(2, 2, 1, batch_size=64, report_rounds=1)
@@ -90,6 +93,16 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ResultError, match=r"x.json is not a results file"):
         results.load_results(tmp_path)
+
+
+def test_a_start_is_seen_from_a_folder_that_is_not_there_yet(tmp_path):
+    model = TINY.build_model(10)
+    with torch.no_grad():
+        model.body[0].weight.fill_(0.25)
+    save_model(tmp_path / "mine.safetensors", model, "resnet8", 2)
+    result = run_experiment(replace(TINY, start="../mine.safetensors"), tmp_path / "new", "cpu")
+    start = sha256_arrays(t.numpy() for t in with_head(model, 10, 0).state_dict().values())
+    assert result["data"]["start_sha256"] == start
 
 
 def test_mean_and_spread():

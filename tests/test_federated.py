@@ -351,6 +351,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(images, model, split, tmp_path):
         assert [r["metrics"] for r in whole.history] == [r["metrics"] for r in resumed.history]
 
 
+def test_what_is_sent_beside_the_weights_must_be_the_methods(images, model, split, caplog):
+    def ask(state, received, round_, chosen):
+        sound = ClientResult(dict(state), {}, 1.0)
+        return {chosen[0]: sound, chosen[1]: replace(sound, beside={"more": torch.zeros(1)})}, {}
+
+    (record,) = run_federated(model, images, split, images, settings=replace(QUICK, rounds=1), ask=ask).history
+    (other,) = record["left_out"]
+    assert len(record["clients"]) == 1 and "FedAvg has nothing beside the weights" in record["left_out"][other]
+    assert f"client {other} is left out" in caplog.text
+
+
 def test_fewer_rounds_than_there_are_is_refused(images, model, split, tmp_path):
     run_federated(model, images, split, images, settings=replace(QUICK, rounds=3), folder=tmp_path)
     with pytest.raises(CheckpointError, match="holds a run of 3 rounds already; ask for at least as many, not for 2"):
