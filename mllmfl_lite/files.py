@@ -130,7 +130,7 @@ def read_list(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"the list {path} cannot be read ({error}); put it there") from error
     pairs = [line.rsplit(maxsplit=1) for line in lines]
     for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2 or not pair[1].isascii() or not pair[1].isdigit():
+        if len(pair) != 2 or not pair[1].isascii() or not pair[1].isdigit() or len(pair[1]) > 9:
             raise DataError(
                 f"line {number} of {path} must be a path and a class number, as in "
                 f"'train/n01440764/n01440764_762.JPEG 0'; it is {lines[number - 1][:100]!r}"

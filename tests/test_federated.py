@@ -362,6 +362,16 @@ def test_what_is_sent_beside_the_weights_must_be_the_methods(images, model, spli
     assert f"client {other} is left out" in caplog.text
 
 
+def test_a_method_of_ones_own_may_send_what_it_likes(images, model, split):
+    @dataclass(frozen=True)
+    class Sends(FedAvg):
+        def upload(self, model, batches, own, received, generator):
+            return {"count": torch.tensor(len(own))}
+
+    history = run_federated(model, images, split, images, Sends(), QUICK).history
+    assert not any("left_out" in record for record in history)
+
+
 def test_fewer_rounds_than_there_are_is_refused(images, model, split, tmp_path):
     run_federated(model, images, split, images, settings=replace(QUICK, rounds=3), folder=tmp_path)
     with pytest.raises(CheckpointError, match="holds a run of 3 rounds already; ask for at least as many, not for 2"):

@@ -88,6 +88,7 @@ def test_groups_are_those_of_the_list(here):
     [
         ("a.JPEG 0\nb.JPEG\n", "line 2 of .* must be a path and a class number.*it is 'b.JPEG'"),
         ("a.JPEG -1\n", "line 1 of"),
+        ("a.JPEG 99999999999999999999\n", "line 1 of"),
         ("a.JPEG 0\n\nb.JPEG 1\n", "line 2 of"),
         ("", "has no lines"),
     ],
@@ -113,7 +114,7 @@ def test_an_official_list_must_be_whole(made, tmp_path, monkeypatch):
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(DataError, match=r"the official list 115,846; fetch it again, or name the classes"):
         load_images("imagenet_lt", "train")
-    (tmp_path / "imagenet_lt" / "classes.txt").write_text("one\ntwo\n")
+    (tmp_path / "imagenet_lt" / "classes.txt").write_text("one\ntwo")
     with pytest.raises(DataError, match="class number 29, but there are 2 class names"):
         load_images("imagenet_lt", "train")
 
