@@ -315,10 +315,13 @@ def _carry_out(chosen: argparse.Namespace) -> int:
         print("several processes can share stage 1 only: add --stage1, then start one process without", file=sys.stderr)
         return 2
     lacking = list(dict.fromkeys(need for run in todo for need in missing(run.pipeline, run.folder)))
-    if lacking:
-        print(f"\n{listing(lacking)}", file=sys.stderr)
-    if not chosen.stage1:
-        tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None)
+    try:
+        if not chosen.stage1:
+            tell_plan(todo, MACHINES.get(chosen.on) if chosen.on else None)
+    finally:  # also where a model that is not here has no known size
+        if lacking:
+            sys.stdout.flush()
+            print(f"\n{listing(lacking)}", file=sys.stderr)
     if chosen.plan or lacking:
         return 0 if chosen.plan else 3
     if chosen.stage1:
