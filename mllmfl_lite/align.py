@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from mllmfl_lite.baselines import distillation
 from mllmfl_lite.batches import open_batches
 from mllmfl_lite.data import UNLABELLED, ImageSet
-from mllmfl_lite.federated import METHODS, FedAvg, State
+from mllmfl_lite.federated import METHODS, FedAvg, State, all_finite
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import sha256_arrays, torch_generator, write_atomically
 from mllmfl_lite.settings import check_choice, check_whole
@@ -301,7 +301,7 @@ def align(
             raise AlignError(f"the loss of epoch {epoch} is not finite; lower lr (it is {settings.lr})")
         history.append({"epoch": epoch, "loss": loss})
         schedule.step()
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+    if not all_finite(model.state_dict().values()):
         raise AlignError(f"the last step gave weights that are not finite; lower lr (it is {settings.lr})")
     return Aligned(model, history)
 

@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -294,9 +294,14 @@ def train_client(
             total += loss.detach().double() * len(part)
         if not torch.isfinite(total):
             raise ClientDiverged(client, round_)
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    if not all_finite(model.parameters()):
         raise ClientDiverged(client, round_)
     return total.item() / (settings.local_epochs * len(own))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number in any of them is infinite or NaN."""
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -574,13 +579,13 @@ class _Rounds:
         started = time.perf_counter()
         chosen, received = choose_clients(len(self.split), self.settings, round_), self.method.broadcast(memory)
         ask = self.ask or functools.partial(self._ask_threads, workers, bar)
-        results, left_out = self._sound(*ask(state, received, round_, chosen), state)
+        results, left_out = self._sound(*ask(state, received, round_, chosen), state, round_)
         bar.update(round_ * len(chosen) - bar.n)  # threads have been counted one by one
         present = sorted(results)
         arrived, sizes = [results[client] for client in present], [len(self.split[client]) for client in present]
         if present:
             state, memory = workers.submit(self._server, state, memory, arrived, sizes, round_).result()
-            if not all(tensor.isfinite().all() for tensor in (*state.values(), *memory.values())):
+            if not all_finite((*state.values(), *memory.values())):
                 raise ServerDiverged(round_)
         used = self.method.deployed(state, memory)
         record = {
@@ -592,7 +597,7 @@ class _Rounds:
         }
         return state, memory, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _sound(self, results, left_out, state) -> tuple[dict[int, ClientResult], dict[int, str]]:
+    def _sound(self, results, left_out, state, round_) -> tuple[dict[int, ClientResult], dict[int, str]]:
         """Results on the server's device, without those whose part beside the weights the method refuses."""
         device, kept, left_out = self.train.labels.device, {}, dict(left_out)
         for client, result in results.items():
@@ -600,7 +605,7 @@ class _Rounds:
                 self.method.check_upload(result.beside, state)
             except ValueError as error:
                 left_out[client] = f"beside its weights: {error}"
-                log.warning("client %d is left out: %s", client, left_out[client])
+                log.warning("round %d: client %d is left out: %s", round_, client, left_out[client])
                 continue
             there, beside = ({n: t.to(device) for n, t in of.items()} for of in (result.state, result.beside))
             kept[client] = ClientResult(there, beside, result.loss)

@@ -22,7 +22,7 @@ import torch
 from mllmfl_lite.align import AlignSettings
 from mllmfl_lite.batches import open_batches
 from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import ClientResult, FedSettings, State, client_step
+from mllmfl_lite.federated import ClientResult, FedSettings, State, all_finite, client_step
 from mllmfl_lite.settings import is_of
 
 try:
@@ -317,5 +317,5 @@ def check_reply(there: State, beside: State, loss: float, images: int, state: St
     for name, tensor in there.items():
         if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
             raise BadReply(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(state[name].shape)}")
-    if not all(torch.isfinite(t).all() for t in (*there.values(), *beside.values(), torch.tensor(loss))):
+    if not all_finite((*there.values(), *beside.values(), torch.tensor(loss))):
         raise BadReply("it sent a number that is not finite")

@@ -201,10 +201,11 @@ def make_plan(pipeline: Pipeline, machine: Machine) -> Plan:
     """
     parts: list[Stage] = []
     if pipeline.pretrain:
-        if pipeline.annotations == "new":
-            parts.append(replace(_annotating(pipeline), once="annotations", folder=f"{pipeline.shared}/stage1"))
         weights = Path(pipeline.started.start)
-        parts.append(replace(_pretraining(pipeline), once=weights.name, folder=weights.parent.as_posix()))
+        folder = weights.parent.as_posix()
+        if pipeline.annotations == "new":
+            parts.append(replace(_annotating(pipeline), once="annotations", folder=folder))
+        parts.append(replace(_pretraining(pipeline), once=weights.name, folder=folder))
     if pipeline.experiment.align and pipeline.experiment.align.teacher == "mllm":
         parts.append(replace(_asking(pipeline.experiment), once="told", folder=pipeline.shared))
     parts += [replace(stage, once=pipeline.started.rounds_key()) for stage in _rounds(pipeline.experiment)]
@@ -311,7 +312,7 @@ def _rounds(experiment: Experiment) -> list[Stage]:
 def _mending(experiment: Experiment, classes: int, own: float, look: float) -> Stage:
     """CReFF's own work: gradients of the head on the clients; synthetic features and a new head on the server."""
     creff, settings, features = CReFF(), experiment.settings, _model(experiment).num_features
-    held = settings.clients_per_round * min(own, classes) / 2  # classes in what clients send: half of all, or fewer
+    sent = settings.clients_per_round * min(1, own / classes) / 2  # of all gradients: a client has half of the classes
     views = creff.repeats * min(own, classes * creff.images)  # of a client's images, each round
     gradients = classes * classes * (features + 1)
     matching = creff.match_steps * 12 * gradients * creff.per_class  # there, back, and back through that
@@ -319,8 +320,9 @@ def _mending(experiment: Experiment, classes: int, own: float, look: float) -> S
         "gradients of the head, synthetic features, new head",
         flops=settings.rounds * (settings.clients_per_round * views * look + matching),
         small_steps=settings.rounds * _server_steps(creff, classes),
-        memory=round(4 * gradients * (2 + held / classes) + 24 * min(MATCHED, gradients))
-        + round(8 * classes * creff.per_class * features),
+        memory=round(
+            4 * gradients * (2 + sent) + 24 * min(MATCHED, gradients) + 8 * classes * creff.per_class * features
+        ),
     )
 
 

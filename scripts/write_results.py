@@ -176,9 +176,8 @@ def _missing(words: str, run: Run) -> str:
 
 def _sweep(benchmark: str, empty: list[tuple]) -> str:
     """What all that is missing takes, three seeds each, with shared work done once."""
-    todo = _runs(benchmark, SWEPT)
-    todo = [run for run in todo if run.values["label"] in {of.values["label"] for _, of, _ in empty}]
-    machine = MACHINES["h100"]
+    names, machine = {run.name for _, run, _ in empty}, MACHINES["h100"]
+    todo = [run for run in _runs(benchmark, SWEPT) if run.name in names]
     spent = own_seconds(todo, [make_plan(run.pipeline, machine) for run in todo], machine)
     total = in_words(sum(map(sum, spent.values())))
     return f"All of them with {len(SWEPT)} seeds in one sweep, what they share done once: {total}.\n"

@@ -139,6 +139,9 @@ def test_seeds_needed_find_the_difference_as_often_as_they_should(points, deviat
 def test_seeds_needed_at_the_ends():
     assert results.seeds_needed(1.0, 0.0) == 2  # no spread: two always do
     assert results.seeds_needed(1e-9, 1.0) == 10_000
+    # with one degree of freedom a shift of 32 deviations is found 98.8 times in 100, one of 55.4 nearly always
+    assert [results.seeds_needed(p / 2**0.5, 1.0, 0.99, paired=True) for p in (32, 55.4)] == [3, 2]
+    assert all(np.isfinite(results._chance_to_find(p, 1.0, n, False)) for p in (0.1, 7.0, 90.0) for n in (2, 3, 21))
     assert results.seeds_needed(30.0, 1.0, 0.99, paired=True) < 5
     for wrong in ((0.0, 1.0, 0.8), (1.0, -1.0, 0.8), (1.0, 1.0, 1.0)):
         with pytest.raises(ValueError, match="a difference that is not zero"):

@@ -353,10 +353,7 @@ def test_models_share_what_the_mllm_says_of_a_pool():
 def test_what_does_not_fit_is_said(capsys):
     (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
     for memory, fits in ((40, False), (80, True)):
-        runs.tell_plan(
-            [run],
-            replace(runs.MACHINES["h100"], memory=memory * 2**30),
-        )
+        runs.tell_plan([run], replace(runs.MACHINES["h100"], memory=memory * 2**30))
         assert ("This will not fit: 55." in capsys.readouterr().out) == (not fits)
 
 
