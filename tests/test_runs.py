@@ -258,9 +258,9 @@ def test_a_file_of_the_right_name_is_not_enough_to_be_done(tmp_path, capsys, mon
 
 def test_a_report_that_failed_is_written_the_next_time(tmp_path, capsys, monkeypatch):
     own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **TINY)
+    (run,) = runs.read_runs([own])  # the parameters are read once, here, while the notebook is there
     monkeypatch.setattr(runs, "NOTEBOOK", tmp_path / "gone.ipynb")
     assert main([str(own), "--device", "cpu"]) == 1 and "their report failed" in capsys.readouterr().err
-    (run,) = runs.read_runs([own])
     assert run.result.exists() and not run.is_done() and not run.report.exists()
     monkeypatch.undo()
     assert main([str(own), "--device", "cpu"]) == 0 and run.is_done() and run.report.exists()
