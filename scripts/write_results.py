@@ -149,7 +149,7 @@ def _filled(words: str, run: Run, found: list[dict]) -> str:
         words,
         *(percent(*mean_and_spread(values)) for values in figures),
         str(len(found)),
-        "" if run.values["method"] == "server_only" else in_words(spent),
+        "" if run.values["method"] == "server_only" else in_words(spent).replace(" ", "\u00a0"),
         f"`{run.values['label']}`",
     )
 
