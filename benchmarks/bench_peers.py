@@ -27,8 +27,9 @@ import torch
 from bench_rounds import CLIENTS, CORES, IMAGES, work
 from torch.profiler import ProfilerActivity, profile
 
-from mllmfl_lite.batches import Batches
-from mllmfl_lite.federated import FedAvg, train_client
+from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.federated.clients import train_client
+from mllmfl_lite.federated.methods import FedAvg
 
 HERE = Path(__file__).resolve().parent
 OURS = "ours"

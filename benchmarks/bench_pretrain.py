@@ -17,13 +17,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mllmfl_lite.annotate import bundled_annotations
 from mllmfl_lite.data import load_images
+from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.models import build_model
-from mllmfl_lite.pictures import array_source
-from mllmfl_lite.pretrain import ArrayViews, PretrainSettings, pretrain, read_texts
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
+from mllmfl_lite.stages.records import bundled_annotations
+from mllmfl_lite.stages.texts import read_texts
+from mllmfl_lite.stages.views import ArrayViews
+from mllmfl_lite.teachers.llava import load_mllm
 
 PICTURES = 320
 

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from mllmfl_lite.batches import CHANNEL_MEAN, CHANNEL_STD
 from mllmfl_lite.data import load_images
-from mllmfl_lite.federated import FedAvg, FedSettings, run_federated, weighted_mean
+from mllmfl_lite.data.batches import CHANNEL_MEAN, CHANNEL_STD
+from mllmfl_lite.data.partition import iid
+from mllmfl_lite.federated.methods import FedAvg, FedSettings, weighted_mean
+from mllmfl_lite.federated.rounds import run_federated
 from mllmfl_lite.models import build_model
-from mllmfl_lite.partition import iid
 from mllmfl_lite.repro import count_cores
 
 CLIENTS = 8

@@ -19,11 +19,13 @@ from dataclasses import fields, replace
 
 import torch
 
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.batches import open_batches
-from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import ClientResult, FedSettings, State, all_finite, client_step
-from mllmfl_lite.settings import is_of
+from mllmfl_lite.data.batches import open_batches
+from mllmfl_lite.federated.clients import ClientResult, client_step
+from mllmfl_lite.federated.methods import FedSettings, State
+from mllmfl_lite.repro import all_finite
+from mllmfl_lite.runs.experiment import Experiment, run_experiment
+from mllmfl_lite.runs.settings import is_of
+from mllmfl_lite.stages.align import AlignSettings
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -33,18 +35,23 @@ try:
 except ImportError as error:
     raise ImportError(f"the Flower app needs flwr ({error}); `make flower` sets up an environment with it") from error
 
+
 log = logging.getLogger(__name__)
 
+
 NODE = "partition-id"  # which client a node is: flower-supernode --node-config 'partition-id=3'
+
+
 # Keys of a run's config that are not the experiment's: where the server keeps the run, where it tests, how many seconds
 # a client has for its round, how many the server waits for clients that are not connected, or no longer, and whether
 # the keys of stage 3 mean anything.
 RUN_KEYS = {"folder": "runs/flower", "device": "cpu", "timeout": 600.0, "wait": 60.0, "stage3": True}
+
+
 LOOK = 0.5  # seconds between two looks at what nodes have sent
+
+
 SAY = 60  # seconds that a node has to say which client it is
-
-
-# ---------------------------------------------------------------------------------------------------- the experiment
 
 
 def read_experiment(config: dict) -> Experiment:
@@ -99,8 +106,6 @@ def _check_type(key: str, value: object, default: object) -> None:
     if not is_of(value, type(default)):
         raise ValueError(f"{key} must be of type {type(default).__name__}; the run's config has {value!r}")
 
-
-# ---------------------------------------------------------------------------------------------------- the client
 
 client = ClientApp()
 
@@ -161,8 +166,6 @@ def state_from(record: ArrayRecord) -> State:
     """The tensors of `record_of`."""
     return dict(record.to_torch_state_dict())
 
-
-# ---------------------------------------------------------------------------------------------------- the server
 
 server = ServerApp()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, kl_div, log_softmax, softmax
 
 from mllmfl_lite.repro import stable_seed, write_atomically
 
@@ -209,3 +209,24 @@ def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def with_head(model: CompactModel, num_classes: int, seed: int = 0) -> CompactModel:
+    """A copy with a fresh linear head for `num_classes` classes, which depends on the seed alone."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed(seed, "head"))
+        fresh.head = nn.Linear(model.num_features, num_classes)
+    return fresh
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(logits / T))``, mean over the batch (Hinton et al., 2015).
+
+    Args:
+        logits: (B, C).
+        teacher: the teacher's logits (B, C).
+        temperature: T.
+    """
+    student = log_softmax(logits / temperature, 1)
+    return temperature**2 * kl_div(student, softmax(teacher / temperature, 1), reduction="batchmean")

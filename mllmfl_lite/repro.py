@@ -1,47 +1,122 @@
-"""What makes a run repeatable: seeds by name, atomic files, a progress bar that is silent where nobody looks."""
+"""Reproducibility: random generators by name, atomic writes, the device, progress bars."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ErrorDetails
+from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import dataclass_transform
 
-tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one killed while it held it stops all
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forked processes; one that is killed would block all
 warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm.auto, in a notebook without widgets
+
+T = TypeVar("T")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how fast a run is carried out. No field changes a result.
+
+    Attributes:
+        folder: for checkpoints; a run resumes from it. None keeps nothing.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:0"``.
+        workers: threads that train clients; default: one a core, one on a GPU.
+        label: text of the progress bar.
+    """
+
+    folder: str | Path | None = None
+    device: str = "auto"
+    workers: int | None = None
+    label: str = ""
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers as Python's, inside lists and dictionaries as well."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    """One of pydantic's problems as ``key: rule; got value``; those of nested settings as ``key.inner: ...``."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{key}: there is no such setting"
+    if problem["type"] == "value_error":
+        return "\n".join(f"{key}.{line}" if key else line for line in str(problem["ctx"]["error"]).splitlines())
+    rule = problem["msg"].replace("Input should be", "must be")
+    return f"{key}: {rule}; got {problem['input']!r:.100}"
+
+
+def nested(cls: type) -> BeforeValidator:
+    """Let a dictionary stand for settings of that class: ``align: Annotated[AlignSettings, nested(AlignSettings)]``."""
+    return BeforeValidator(lambda value: cls(**value) if isinstance(value, dict) else value)
+
+
+@dataclass_transform(frozen_default=True)
+def settings_class(cls: type[T]) -> type[T]:
+    """Decorate a class of settings: a frozen dataclass that checks names, types and bounds.
+
+    Whole numbers may stand for floats, NumPy's numbers for Python's. Text never stands for a number or a switch. All
+    wrong settings are named in one `ValueError`.
+    """
+    checked = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+    original: Callable = checked.__init__
+
+    def init(self: object, *values: object, **named: object) -> None:
+        try:
+            original(self, *map(_plain, values), **{name: _plain(value) for name, value in named.items()})
+        except ValidationError as error:
+            raise ValueError("\n".join(map(_sentence, error.errors()))) from None
+
+    init.__signature__ = inspect.signature(checked)  # type: ignore[attr-defined]
+    init.__doc__ = original.__doc__
+    checked.__init__ = init  # type: ignore[misc]
+    return checked
 
 
 def stable_seed(*keys: int | str) -> int:
-    """One 63-bit integer from any run of keys; unlike Python's hash(), the same on every machine."""
+    """One 63-bit integer from any keys, the same on every machine."""
     words = [key if isinstance(key, int) else int.from_bytes(key.encode(), "little") for key in keys]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def torch_generator(*keys: int | str) -> torch.Generator:
-    """A torch generator that depends on the keys alone: ``torch_generator(seed, "batches", round, client, epoch)``.
+    """Return a torch generator that depends on the keys alone: ``torch_generator(seed, "batches", round, client)``.
 
-    Nothing in this package draws from torch's global generator, so neither the number of workers nor a resumed
-    run can change a result. Keys are non-negative integers or short strings.
+    Nothing here draws from torch's global generator. So the number of workers and a resume change no result.
+    Keys are non-negative integers or short strings.
     """
     return torch.Generator().manual_seed(stable_seed(*keys))
 
 
 def numpy_generator(*keys: int | str) -> np.random.Generator:
-    """The same idea for NumPy: a generator that depends on the keys alone."""
+    """Return a NumPy generator that depends on the keys alone."""
     return np.random.default_rng(stable_seed(*keys))
 
 
 def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
-    """One sha256 over arrays, their shapes and types included."""
+    """One sha256 over arrays, their shapes and types."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
@@ -49,24 +124,29 @@ def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk and rename it: readers see the old file or the new, whole."""
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return False if any number is infinite or NaN."""
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write to ``path.part``, fsync, then rename atomically to `path`."""
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(part, path)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as readable JSON, atomically; non-finite numbers are refused (JSON has none)."""
+def write_json(path: str | Path, value: object) -> None:
+    """Write readable JSON atomically; infinite numbers and NaN are refused."""
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def somebody_looks() -> bool:
-    """Whether a progress bar has a reader: a terminal or a notebook, unless ``MLLMFL_PROGRESS=0`` says otherwise."""
+def shows_progress() -> bool:
+    """Return True in a terminal or notebook; ``MLLMFL_PROGRESS=0`` or ``1`` decides otherwise."""
     wish = os.environ.get("MLLMFL_PROGRESS")
     if wish is not None:
         return wish != "0"
@@ -79,26 +159,23 @@ def _in_notebook() -> bool:
 
 
 def progress_bar(total: int, unit: str, label: str, done: int = 0) -> tqdm:
-    """A tqdm bar on stderr that removes itself when finished and does not appear where nobody looks."""
-    return tqdm(total=total, initial=done, unit=unit, desc=label, leave=False, disable=not somebody_looks())
+    """A tqdm bar on stderr that disappears when finished; hidden unless `shows_progress`."""
+    return tqdm(total=total, initial=done, unit=unit, desc=label, leave=False, disable=not shows_progress())
 
 
 def count_cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether a GPU may round float32 factors to TF32 in matrix products and convolutions; put back at the end.
-
-    torch by itself allows it in convolutions only. A CPU is not concerned.
-    """
+    """Allow or forbid TF32 in matrix products and convolutions on a GPU; restore the flags at the end."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
         flags = [(place, "allow_tf32", place.allow_tf32) for place in (matmul, cudnn)]
         value: bool | str = allowed
-    except RuntimeError:  # somebody has used torch's newer flags, which do not go with these
+    except RuntimeError:  # torch's newer flags are in use; the two kinds exclude each other
         flags = [(place, "fp32_precision", place.fp32_precision) for place in (matmul, cudnn.conv)]
         value = "tf32" if allowed else "ieee"
     try:
@@ -110,15 +187,21 @@ def tf32(allowed: bool) -> Iterator[None]:
             setattr(place, name, was)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; ``"auto"`` is the GPU where there is one, each process's own under a launcher.
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """Return the device of that name; ``"auto"`` is the GPU if there is one, each process's own under a launcher.
 
     Raises:
-        ValueError: a CUDA device is asked for and there is none.
+        ValueError: an unknown name, or a GPU where there is none.
     """
     if name == "auto":
-        own = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and accelerate launch
-        return torch.device("cuda", own) if torch.cuda.is_available() else torch.device("cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
-    return torch.device(name)
+        rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and accelerate launch
+        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}, which lacks float64 or other parts")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(name)!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
+    return device

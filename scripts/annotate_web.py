@@ -12,11 +12,13 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mllmfl_lite.annotate import WEB_ANNOTATIONS, TransformersBackend, annotate
 from mllmfl_lite.data import load_images
-from mllmfl_lite.pictures import array_source
+from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.repro import write_atomically
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.stages.annotate import annotate
+from mllmfl_lite.stages.backends import TransformersBackend
+from mllmfl_lite.stages.records import WEB_ANNOTATIONS
+from mllmfl_lite.teachers.llava import load_mllm
 
 
 def pack(records) -> bytes:

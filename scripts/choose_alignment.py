@@ -14,14 +14,18 @@ import warnings
 import numpy as np
 import torch
 
-from mllmfl_lite.align import AlignSettings, align, ask_teacher, draw_server_set
 from mllmfl_lite.data import load_images
-from mllmfl_lite.evaluate import evaluate_model
-from mllmfl_lite.experiment import OWN_WEIGHTS, Experiment, load_pool, load_teacher
-from mllmfl_lite.federated import FedSettings, run_federated
-from mllmfl_lite.partition import long_tail_subset, split_clients
+from mllmfl_lite.data.longtail import long_tail_subset
+from mllmfl_lite.data.metrics import evaluate_model
+from mllmfl_lite.data.partition import split_clients
+from mllmfl_lite.federated.methods import FedSettings
+from mllmfl_lite.federated.rounds import run_federated
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.results import RESULTS
+from mllmfl_lite.runs.experiment import OWN_WEIGHTS, Experiment, load_pool, load_teacher
+from mllmfl_lite.runs.results import RESULTS
+from mllmfl_lite.stages.align import AlignSettings, align
+from mllmfl_lite.stages.server_set import draw_server_set
+from mllmfl_lite.teachers.answers import ask_teacher
 
 SEED = 7
 ROUNDS = FedSettings(rounds=20, clients_per_round=4, local_epochs=2, eval_every=100, report_rounds=1, seed=SEED)

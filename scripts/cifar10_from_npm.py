@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mllmfl_lite.data import CIFAR10_CLASSES, FOLDER_VARIABLE, check_pixels
+from mllmfl_lite.data.cifar import check_pixels
+from mllmfl_lite.data.folders import FOLDER_VARIABLE
+from mllmfl_lite.data.names import CIFAR10_CLASSES
 
 
 def read_sheet(archive: tarfile.TarFile, name: str) -> np.ndarray:

@@ -5,7 +5,7 @@ python scripts/draw_figures.py          # writes book/figures/*.svg
 
 from pathlib import Path
 
-from mllmfl_lite.plotting import GROUP_COLOURS
+from mllmfl_lite.teaching.plotting import GROUP_COLOURS
 
 FIGURES = Path(__file__).parent.parent / "book" / "figures"
 INK, QUIET, SERVER, CLIENT, LARGE, SMALL = "#1b2733", "#5d6b7a", "#e8eef6", "#f6f1e7", "#5b4b8a", "#00795a"

@@ -15,7 +15,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from mllmfl_lite.data import MINI_FOLDER, ImageSet, cut_sheet, load_images, mini_index
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.cifar import MINI_FOLDER, cut_sheet, mini_index
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator, write_atomically
 
 SEED = 20250

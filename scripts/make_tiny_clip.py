@@ -10,11 +10,20 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from mllmfl_lite.standins.recipe import (
+    Schedule,
+    corpus,
+    new_clip,
+    rest_of_cifar,
+    text_bank,
+    train_clip,
+    train_tokenizer,
+)
 
-from mllmfl_lite.captions import look
 from mllmfl_lite.repro import write_atomically
-from mllmfl_lite.standins import Schedule, corpus, new_clip, rest_of_cifar, text_bank, train_clip, train_tokenizer
-from mllmfl_lite.teacher import TINY_CLIP, load_clip
+from mllmfl_lite.teachers.base import TINY_CLIP
+from mllmfl_lite.teachers.clip import load_clip
+from mllmfl_lite.teaching.claims import look
 
 SEED, TEXTS_PER_CLASS = 0, 200
 FIRST = Schedule(640_000, lr=2e-3)  # both encoders, three quarters of the pictures from CIFAR-10

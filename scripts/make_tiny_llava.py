@@ -10,11 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from mllmfl_lite.annotate import TransformersBackend, load_prompts
-from mllmfl_lite.captions import KINDS, look, names_class
-from mllmfl_lite.pictures import array_source
-from mllmfl_lite.standins import (
+from mllmfl_lite.standins.recipe import (
     STAGES,
     Lessons,
     Schedule,
@@ -30,7 +26,12 @@ from mllmfl_lite.standins import (
     train_tokenizer,
     train_tower,
 )
-from mllmfl_lite.teacher import TINY_CLIP, TINY_LLAVA, load_mllm
+
+from mllmfl_lite.data.folders import array_source
+from mllmfl_lite.stages.backends import TransformersBackend
+from mllmfl_lite.teachers.base import TINY_CLIP, TINY_LLAVA
+from mllmfl_lite.teachers.llava import KINDS, load_mllm, load_prompts
+from mllmfl_lite.teaching.claims import look, names_class
 
 SEED = 0
 TOWER = Schedule(480_000, lr=2e-3)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.experiment import run_experiment
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.results import RESULTS
-from mllmfl_lite.runs import find_files, read_runs
+from mllmfl_lite.runs.experiment import run_experiment
+from mllmfl_lite.runs.launch import find_files, read_runs
+from mllmfl_lite.runs.results import RESULTS
+from mllmfl_lite.stages.align import AlignSettings
 
 CONDITIONS = {
     "beta_0": {"beta": 0.0},

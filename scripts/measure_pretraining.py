@@ -16,23 +16,19 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllmfl_lite.annotate import bundled_annotations
 from mllmfl_lite.data import load_images
-from mllmfl_lite.models import build_model, save_model
-from mllmfl_lite.pictures import array_source
-from mllmfl_lite.pretrain import (
-    ArrayViews,
-    CompactEncoder,
-    FrozenReader,
-    PretrainSettings,
-    mixed_loss,
-    pretrain,
-    read_texts,
-)
+from mllmfl_lite.data.folders import array_source
+from mllmfl_lite.data.longtail import few_labels
+from mllmfl_lite.measure.transfer import best, embed, finetune, linear_probe
+from mllmfl_lite.models import build_model, save_model, with_head
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.results import RESULTS, provenance, save_result
-from mllmfl_lite.teacher import load_mllm
-from mllmfl_lite.transfer import best, embed, few_labels, finetune, linear_probe, with_head
+from mllmfl_lite.runs.results import RESULTS, provenance, save_result
+from mllmfl_lite.stages.mixture import CompactEncoder, FrozenReader, mixed_loss
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
+from mllmfl_lite.stages.records import bundled_annotations
+from mllmfl_lite.stages.texts import read_texts
+from mllmfl_lite.stages.views import ArrayViews
+from mllmfl_lite.teachers.llava import load_mllm
 
 KIND = "detailed_description"
 SETTINGS = PretrainSettings()

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mllmfl_lite.data import load_images, mini_index
-from mllmfl_lite.models import build_model, load_model
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.cifar import mini_index
+from mllmfl_lite.data.longtail import few_labels
+from mllmfl_lite.measure.transfer import best, finetune
+from mllmfl_lite.models import build_model, load_model, with_head
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.results import RESULTS, provenance, save_result
-from mllmfl_lite.transfer import best, few_labels, finetune, with_head
+from mllmfl_lite.runs.results import RESULTS, provenance, save_result
 
 PRETRAINED = RESULTS / "laptop" / "pretraining"
 RATES = {"pretrained": 0.1, "random": 0.1, "features": 0.1}

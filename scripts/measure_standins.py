@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mllmfl_lite.annotate import TransformersBackend, annotate
-from mllmfl_lite.captions import KINDS, look, names_class, objects_in, read_claims
 from mllmfl_lite.data import load_images
-from mllmfl_lite.pictures import array_source
+from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.repro import write_atomically, write_json
-from mllmfl_lite.teacher import ASSETS, BUNDLED, load_clip, load_mllm
+from mllmfl_lite.stages.annotate import annotate
+from mllmfl_lite.stages.backends import TransformersBackend
+from mllmfl_lite.teachers.base import ASSETS, BUNDLED
+from mllmfl_lite.teachers.clip import load_clip
+from mllmfl_lite.teachers.llava import KINDS, load_mllm
+from mllmfl_lite.teaching.claims import look, names_class, objects_in, read_claims
 
 FIGURES, CARDS = ASSETS / "standins.json", Path(__file__).parent / "cards"
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from mllmfl_lite.data import load_images
-from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion
-from mllmfl_lite.experiment import Experiment
-from mllmfl_lite.imagenet_teacher import load_zero_shot
-from mllmfl_lite.results import RESULTS, provenance, save_result
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.data.longtail import class_groups
+from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion
+from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.runs.results import RESULTS, provenance, save_result
+from mllmfl_lite.teachers import load_zero_shot
+from mllmfl_lite.teachers.llava import load_mllm
 
 TEACHERS = {"tiny_clip": load_zero_shot, "tiny_llava": load_mllm, "efficientnet_lite2": load_zero_shot}
 

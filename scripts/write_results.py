@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from write_runs import BENCHMARKS, METHODS, methods_of
 
-from mllmfl_lite.experiment import finished
-from mllmfl_lite.memory import GIB
-from mllmfl_lite.needs import Need, needs
-from mllmfl_lite.plan import MACHINES, in_words, make_plan
-from mllmfl_lite.results import mean_and_spread, reported
-from mllmfl_lite.runs import Run, find_files, own_seconds, read_runs
-from mllmfl_lite.teaching import percent
+from mllmfl_lite.runs.experiment import finished
+from mllmfl_lite.runs.launch import Run, find_files, own_seconds, read_runs
+from mllmfl_lite.runs.memory import GIB
+from mllmfl_lite.runs.needs import Need, needs
+from mllmfl_lite.runs.plan import MACHINES, in_words, make_plan
+from mllmfl_lite.runs.results import mean_and_spread, reported
+from mllmfl_lite.teaching.tables import percent
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "results.md"
 SEEDS = range(10)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from mllmfl_lite.runs import RUNS, notebook_parameters
+from mllmfl_lite.runs.launch import RUNS, notebook_parameters
 
 # ------------------------------------------------------------------------------------------------------- the methods
 

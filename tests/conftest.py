@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from mllmfl_lite import partition
-from mllmfl_lite.data import ImageSet
-from mllmfl_lite.imagenet_teacher import ImageNetTeacher
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import CompactModel, build_model
+from mllmfl_lite.teachers.imagenet import ImageNetTeacher
 
 torch.set_num_threads(1)
 

@@ -12,26 +12,19 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, softmax
 
 from mllmfl_lite import partition
-from mllmfl_lite.align import (
-    AlignEachRound,
-    AlignError,
-    AlignSettings,
-    PoolLabels,
-    ServerOnly,
-    ServerSet,
-    align,
-    alignment_loss,
-    ask_teacher,
-    describe,
-    draw_server_set,
-    evened,
-)
-from mllmfl_lite.data import ImageSet, load_images
-from mllmfl_lite.evaluate import evaluate_model
-from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import FedSettings, run_federated
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data.metrics import evaluate_model
+from mllmfl_lite.federated.each_round import AlignEachRound, ServerOnly
+from mllmfl_lite.federated.methods import FedSettings
+from mllmfl_lite.federated.rounds import run_federated
 from mllmfl_lite.models import build_model, load_model
 from mllmfl_lite.repro import torch_generator
+from mllmfl_lite.runs.experiment import Experiment, run_experiment
+from mllmfl_lite.stages.align import AlignSettings, align, alignment_loss
+from mllmfl_lite.stages.server_set import AlignError, ServerSet, describe, draw_server_set, evened
+from mllmfl_lite.teachers.answers import ask_teacher
+from mllmfl_lite.teachers.labels import PoolLabels
 
 NAMES = ("red", "green", "blue")
 QUICK = AlignSettings(per_class=4, epochs=2, batch_size=8)

@@ -20,27 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllmfl_lite import annotate as module
-from mllmfl_lite.annotate import (
-    AnnotationError,
-    Answer,
-    Record,
-    TransformersBackend,
-    annotate,
-    check_llava,
-    filter_records,
-    from_llava,
-    is_cut_off,
-    is_empty,
-    is_looping,
-    load_prompts,
-    prompt_hash,
-    read_records,
-    to_llava,
-)
-from mllmfl_lite.captions import KINDS
 from mllmfl_lite.data import load_images
-from mllmfl_lite.pictures import BadPictureError, PictureSource, array_source, folder_source
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.data.folders import PictureSource, array_source, folder_source
+from mllmfl_lite.data.pictures import BadPictureError
+from mllmfl_lite.stages.annotate import annotate
+from mllmfl_lite.stages.backends import Answer, TransformersBackend
+from mllmfl_lite.stages.filters import filter_records, is_cut_off, is_empty, is_looping
+from mllmfl_lite.stages.llava_format import check_llava, from_llava, to_llava
+from mllmfl_lite.stages.records import AnnotationError, Record, read_records
+from mllmfl_lite.teachers.llava import KINDS, load_mllm, load_prompts, prompt_hash
 
 
 class Parrot:

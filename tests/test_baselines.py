@@ -7,13 +7,16 @@ from conftest import make_imagenet_teacher, make_images
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite import baselines
-from mllmfl_lite.baselines import CLIP2FL, HEAD, CReFF, distillation, head_gradients, mean_by_class
-from mllmfl_lite.batches import Batches
-from mllmfl_lite.cost import PeakMemory
-from mllmfl_lite.experiment import Experiment
-from mllmfl_lite.federated import METHODS, FedAvg, FedSettings, run_federated
+from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.federated.clip2fl import CLIP2FL
+from mllmfl_lite.federated.creff import HEAD, CReFF, head_gradients, mean_by_class
+from mllmfl_lite.federated.methods import FedAvg, FedSettings
+from mllmfl_lite.federated.rounds import METHODS, run_federated
+from mllmfl_lite.measure.cost import PeakMemory
+from mllmfl_lite.models import distillation
 from mllmfl_lite.repro import torch_generator
-from mllmfl_lite.teacher import ClipTeacher
+from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.teachers.clip import ClipTeacher
 
 QUICK = FedSettings(rounds=2, clients_per_round=2, local_epochs=1, batch_size=16, lr=0.05)
 SMALL = {"per_class": 5, "match_steps": 5, "head_epochs": 3, "repeats": 2}

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from mllmfl_lite.batches import CHANNEL_MEAN, CHANNEL_STD, Batches
+from mllmfl_lite.data.batches import CHANNEL_MEAN, CHANNEL_STD, Batches
 
 
 def reference(images: np.ndarray) -> torch.Tensor:

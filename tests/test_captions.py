@@ -6,24 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mllmfl_lite.standins.words import KNOWLEDGE, write
 
-from mllmfl_lite.captions import (
-    COLOURS,
-    KINDS,
-    KNOWLEDGE,
-    SUPERCLASS_OF,
-    SUPERCLASSES,
-    Facts,
-    look,
-    name_colours,
-    names_class,
-    objects_in,
-    read_claims,
-    spoken,
-    words_for,
-    write,
-)
-from mllmfl_lite.data import CIFAR10_CLASSES, load_images
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken, words_for
+from mllmfl_lite.teachers.llava import KINDS
+from mllmfl_lite.teaching.claims import COLOURS, Facts, look, name_colours, names_class, objects_in, read_claims
 
 CLASSES = (*CIFAR10_CLASSES, *SUPERCLASS_OF)
 MADE = st.builds(

@@ -3,9 +3,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mllmfl_lite.baselines import CLIP2FL, CReFF
-from mllmfl_lite.cost import PeakMemory, client_cost, size
-from mllmfl_lite.federated import FedAvg, FedAvgM, FedProx, FedSettings
+from mllmfl_lite.federated.clip2fl import CLIP2FL
+from mllmfl_lite.federated.creff import CReFF
+from mllmfl_lite.federated.methods import FedAvg, FedAvgM, FedProx, FedSettings
+from mllmfl_lite.measure.cost import PeakMemory, client_cost, size
 
 SETTINGS = FedSettings(rounds=1, clients_per_round=1, local_epochs=2, batch_size=8)
 OWN = np.arange(16)

@@ -8,7 +8,9 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from mllmfl_lite import data
-from mllmfl_lite.data import DataError, ImageSet, load_images
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data.pictures import DataError
 
 
 @pytest.fixture

@@ -15,18 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from mllmfl_lite.annotate import (
-    AnnotationError,
-    EndpointBackend,
-    TransformersBackend,
-    annotate,
-    load_prompts,
-    main,
-    read_records,
-)
 from mllmfl_lite.data import load_images
-from mllmfl_lite.pictures import array_source
-from mllmfl_lite.teacher import TINY_LLAVA, load_mllm
+from mllmfl_lite.data.folders import array_source
+from mllmfl_lite.stages.annotate import annotate, main
+from mllmfl_lite.stages.backends import EndpointBackend, TransformersBackend
+from mllmfl_lite.stages.records import AnnotationError, read_records
+from mllmfl_lite.teachers.base import TINY_LLAVA
+from mllmfl_lite.teachers.llava import load_mllm, load_prompts
 
 KEY = "sk-not-to-be-found-anywhere"
 

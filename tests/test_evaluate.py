@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from mllmfl_lite.batches import Batches
-from mllmfl_lite.evaluate import class_groups, confusion_matrix, metrics_from_confusion, predict
+from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.data.longtail import class_groups
+from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion, predict
 from mllmfl_lite.models import resnet8
 
 

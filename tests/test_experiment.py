@@ -7,13 +7,12 @@ import torch
 from scipy.stats import ttest_1samp, ttest_ind
 
 from mllmfl_lite import results
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import FedProx, FedSettings
-from mllmfl_lite.models import save_model
+from mllmfl_lite.federated.methods import FedProx, FedSettings
+from mllmfl_lite.models import save_model, with_head
 from mllmfl_lite.repro import sha256_arrays
-from mllmfl_lite.results import ResultError
-from mllmfl_lite.transfer import with_head
+from mllmfl_lite.runs.experiment import Experiment, run_experiment
+from mllmfl_lite.runs.results import ResultError
+from mllmfl_lite.stages.align import AlignSettings
 
 TINY = Experiment(
     "cifar10_mini", 100, num_clients=4, width=2, settings=FedSettings(2, 2, 1, batch_size=64, report_rounds=1)
@@ -155,8 +154,8 @@ def test_reported_figures_have_a_source():
 
 def test_committed_results_are_whole():
     """Every committed file: summary recomputed from its history, clean revision, three seeds or more a label."""
-    from mllmfl_lite.federated import summarise
-    from mllmfl_lite.transfer import best
+    from mllmfl_lite.data.metrics import summarise
+    from mllmfl_lite.measure.transfer import best
 
     root = results.RESULTS
     for folder in {path.parent for path in root.rglob("*.json") if "checkpoints" not in path.parts}:

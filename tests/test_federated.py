@@ -16,20 +16,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite import federated, partition
-from mllmfl_lite.batches import Batches
 from mllmfl_lite.checkpoint import CheckpointError
-from mllmfl_lite.federated import (
-    ClientDiverged,
-    ClientResult,
-    FedAvg,
-    FedAvgM,
-    FedProx,
-    FedSettings,
-    ServerDiverged,
-    client_step,
-    run_federated,
-    server_step,
-)
+from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.federated.clients import ClientResult, client_step
+from mllmfl_lite.federated.methods import ClientDiverged, FedAvg, FedAvgM, FedProx, FedSettings, ServerDiverged
+from mllmfl_lite.federated.rounds import run_federated, server_step
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
 

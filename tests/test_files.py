@@ -10,13 +10,15 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from mllmfl_lite import data
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.batches import FileBatches, open_batches, random_box
-from mllmfl_lite.data import DataError, load_images
-from mllmfl_lite.experiment import Experiment, load_pool, run_experiment
-from mllmfl_lite.federated import FedSettings
-from mllmfl_lite.files import ImageFiles, check_files, read_list
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.batches import FileBatches, open_batches, random_box
+from mllmfl_lite.data.folders import check_files, read_list
+from mllmfl_lite.data.images import ImageFiles
+from mllmfl_lite.data.pictures import DataError
+from mllmfl_lite.federated.methods import FedSettings
 from mllmfl_lite.repro import torch_generator
+from mllmfl_lite.runs.experiment import Experiment, load_pool, run_experiment
+from mllmfl_lite.stages.align import AlignSettings
 
 CLASSES = 30
 TRAIN_COUNTS = [max(2, round(120 * 0.85**c)) for c in range(CLASSES)]  # Many, Medium and Few are all there
@@ -74,7 +76,7 @@ def picture_as_stored(folder, c, i):
 
 
 def test_groups_are_those_of_the_list(here):
-    from mllmfl_lite.evaluate import class_groups
+    from mllmfl_lite.data.longtail import class_groups
 
     groups = class_groups(load_images("imagenet_lt", "train").class_counts())
     assert [len(groups[name]) for name in ("many", "medium", "few")] == [

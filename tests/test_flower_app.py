@@ -21,11 +21,11 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from mllmfl_lite import flower_app
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.federated.methods import FedSettings
 from mllmfl_lite.flower_app import RUN_KEYS, GridClients, read_experiment, record_of, state_from
 from mllmfl_lite.models import load_model
+from mllmfl_lite.runs.experiment import Experiment, run_experiment
+from mllmfl_lite.stages.align import AlignSettings
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ import torch
 
 pytest.importorskip("flwr")
 
-from mllmfl_lite.experiment import run_experiment
 from mllmfl_lite.flower_app import client_part, read_experiment
 from mllmfl_lite.models import load_model
+from mllmfl_lite.runs.experiment import run_experiment
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {

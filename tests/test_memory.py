@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from mllmfl_lite.memory import GIB, kept_for_backward, plan_memory
 from mllmfl_lite.models import build_model
-from mllmfl_lite.pretrain import CompactEncoder, PretrainSettings
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.runs.memory import GIB, kept_for_backward, plan_memory
+from mllmfl_lite.stages.mixture import CompactEncoder
+from mllmfl_lite.stages.pretrain import PretrainSettings
+from mllmfl_lite.teachers.llava import load_mllm
 
 LANGUAGE = "language model, kept for the backward pass"
 COMPACT = "compact model, kept for the backward pass"

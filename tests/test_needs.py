@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from mllmfl_lite import needs as module
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.data import DataError
-from mllmfl_lite.experiment import Experiment
-from mllmfl_lite.needs import missing, needs, require
-from mllmfl_lite.pipeline import Pipeline
-from mllmfl_lite.pretrain import PretrainSettings
+from mllmfl_lite.data.pictures import DataError
+from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.runs.needs import missing, needs, require
+from mllmfl_lite.runs.pipeline import Pipeline
+from mllmfl_lite.stages.align import AlignSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
 
 BUNDLED = Pipeline(Experiment("cifar10_mini", method="clip2fl", align=AlignSettings()))
 REAL = Experiment(

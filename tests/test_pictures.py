@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllmfl_lite.data import ImageSet
-from mllmfl_lite.pictures import (
-    BadPictureError,
-    PictureSource,
-    array_source,
-    cc595k_source,
-    folder_source,
-    open_picture,
-)
+from mllmfl_lite.data.cc595k import cc595k_source
+from mllmfl_lite.data.folders import PictureSource, array_source, folder_source
+from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data.pictures import BadPictureError, open_picture
 
 
 def encoded(image, form, **options):

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 
 from mllmfl_lite import pipeline as module
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.annotate import bundled_annotations
 from mllmfl_lite.data import load_images
-from mllmfl_lite.experiment import Experiment
-from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.federated.methods import FedSettings
 from mllmfl_lite.models import load_model
-from mllmfl_lite.pipeline import Pipeline, run_pipeline
-from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import ResultError, load_result, load_results, save_result
-from mllmfl_lite.teacher import ClipTeacher
+from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.runs.pipeline import Pipeline, run_pipeline
+from mllmfl_lite.runs.results import ResultError, load_result, load_results, save_result
+from mllmfl_lite.stages.align import AlignSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
+from mllmfl_lite.stages.records import bundled_annotations
+from mllmfl_lite.teachers.clip import ClipTeacher
 
 ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
 ALIGN = AlignSettings(per_class=3, epochs=2, teacher="clip")

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from mllmfl_lite.align import AlignSettings
-from mllmfl_lite.cost import PeakMemory, client_cost
-from mllmfl_lite.experiment import Experiment, run_experiment
-from mllmfl_lite.federated import FedAvg, FedSettings
-from mllmfl_lite.memory import GIB
+from mllmfl_lite.federated.methods import FedAvg, FedSettings
+from mllmfl_lite.measure.cost import PeakMemory, client_cost
 from mllmfl_lite.models import build_model
-from mllmfl_lite.pipeline import Pipeline
-from mllmfl_lite.plan import (
+from mllmfl_lite.runs.experiment import Experiment, run_experiment
+from mllmfl_lite.runs.memory import GIB
+from mllmfl_lite.runs.pipeline import Pipeline
+from mllmfl_lite.runs.plan import (
     CLIPS,
     MACHINES,
     Machine,
@@ -26,9 +25,11 @@ from mllmfl_lite.plan import (
     this_machine,
     training_memory,
 )
-from mllmfl_lite.pretrain import PretrainSettings
-from mllmfl_lite.results import committed_results, reported
-from mllmfl_lite.teacher import load_clip, load_mllm
+from mllmfl_lite.runs.results import committed_results, reported
+from mllmfl_lite.stages.align import AlignSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
+from mllmfl_lite.teachers.clip import load_clip
+from mllmfl_lite.teachers.llava import load_mllm
 
 REAL = Experiment(mllm="llava-hf/llava-1.5-7b-hf", mllm_dtype="bfloat16", pool="cc595k", image_size=32)
 LEAN = PretrainSettings(epochs=1, batch_size=16, precision="bfloat16", gradient_checkpointing=True)

@@ -16,27 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllmfl_lite import pretrain as module
-from mllmfl_lite.annotate import AnnotationError, bundled_annotations, filter_records, load_prompts, read_records
 from mllmfl_lite.checkpoint import CheckpointError
-from mllmfl_lite.data import ImageSet, load_images
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.folders import array_source, folder_source
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import build_model
-from mllmfl_lite.pictures import array_source, folder_source
-from mllmfl_lite.pretrain import (
-    SCHEDULES,
-    ArrayViews,
-    CompactEncoder,
-    FrozenReader,
-    PictureViews,
-    PretrainDiverged,
-    PretrainError,
-    PretrainSettings,
-    alpha_at,
-    mixed_loss,
-    pretrain,
-    random_part,
-    read_texts,
-)
-from mllmfl_lite.teacher import load_mllm
+from mllmfl_lite.stages.filters import filter_records
+from mllmfl_lite.stages.mixture import SCHEDULES, CompactEncoder, FrozenReader, PretrainError, alpha_at, mixed_loss
+from mllmfl_lite.stages.pretrain import PretrainDiverged, PretrainSettings, pretrain
+from mllmfl_lite.stages.records import AnnotationError, bundled_annotations, read_records
+from mllmfl_lite.stages.texts import read_texts
+from mllmfl_lite.stages.views import ArrayViews, PictureViews, random_part
+from mllmfl_lite.teachers.llava import load_mllm, load_prompts
 
 COUNT = 12
 

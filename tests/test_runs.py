@@ -15,11 +15,20 @@ import torch
 import yaml
 
 from mllmfl_lite import runs
-from mllmfl_lite.experiment import Experiment
-from mllmfl_lite.federated import FedSettings
+from mllmfl_lite.federated.methods import FedSettings
 from mllmfl_lite.models import load_model
-from mllmfl_lite.results import differences, load_result, save_result
-from mllmfl_lite.runs import NOTEBOOK, RUNS, RunError, find_files, main, notebook_parameters, pipeline_of, read_run
+from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.runs.launch import (
+    NOTEBOOK,
+    RUNS,
+    RunError,
+    find_files,
+    main,
+    notebook_parameters,
+    pipeline_of,
+    read_run,
+)
+from mllmfl_lite.runs.results import differences, load_result, save_result
 
 FILES = sorted(RUNS.rglob("*.yaml"))
 ROOT = Path(__file__).parent.parent

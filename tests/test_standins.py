@@ -7,13 +7,7 @@ import open_clip
 import pytest
 import torch
 from conftest import make_images
-
-from mllmfl_lite import standins
-from mllmfl_lite.annotate import load_prompts
-from mllmfl_lite.captions import KINDS, look
-from mllmfl_lite.data import ImageSet, load_images, mini_index
-from mllmfl_lite.repro import numpy_generator
-from mllmfl_lite.standins import (
+from mllmfl_lite.standins.recipe import (
     END,
     IMAGE,
     Lessons,
@@ -31,6 +25,14 @@ from mllmfl_lite.standins import (
     train_tokenizer,
     train_tower,
 )
+
+from mllmfl_lite import standins
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.cifar import mini_index
+from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.repro import numpy_generator
+from mllmfl_lite.teachers.llava import KINDS, load_prompts
+from mllmfl_lite.teaching.claims import look
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}  # fmt: skip

@@ -11,21 +11,16 @@ import torch
 from conftest import make_images
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mllmfl_lite.annotate import TransformersBackend, annotate, bundled_annotations, load_prompts
-from mllmfl_lite.captions import names_class
 from mllmfl_lite.data import load_images
-from mllmfl_lite.pictures import array_source
-from mllmfl_lite.teacher import (
-    ASSETS,
-    TINY_CLIP,
-    TINY_LLAVA,
-    ClipTeacher,
-    TeacherError,
-    load_clip,
-    load_mllm,
-    refuse_remote_code,
-    stored,
-)
+from mllmfl_lite.data.folders import array_source
+from mllmfl_lite.stages.annotate import annotate
+from mllmfl_lite.stages.backends import TransformersBackend
+from mllmfl_lite.stages.records import bundled_annotations
+from mllmfl_lite.teachers.answers import stored
+from mllmfl_lite.teachers.base import ASSETS, TINY_CLIP, TINY_LLAVA, TeacherError
+from mllmfl_lite.teachers.clip import ClipTeacher, load_clip
+from mllmfl_lite.teachers.llava import load_mllm, load_prompts, refuse_remote_code
+from mllmfl_lite.teaching.claims import names_class
 
 
 @pytest.fixture(scope="module")

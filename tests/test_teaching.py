@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mllmfl_lite import plotting
-from mllmfl_lite.teaching import Gallery, Table, check, percent, safe
+from mllmfl_lite.teaching.tables import Gallery, Table, check, percent, safe
 
 
 def test_check_answers_back():

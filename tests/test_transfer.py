@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mllmfl_lite.batches import Batches
 from mllmfl_lite.data import load_images
-from mllmfl_lite.federated import FedAvg, FedSettings, run_federated
-from mllmfl_lite.models import build_model
-from mllmfl_lite.transfer import best, embed, epochs_to, few_labels, finetune, linear_probe, with_head
+from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.data.longtail import few_labels
+from mllmfl_lite.federated.methods import FedAvg, FedSettings
+from mllmfl_lite.federated.rounds import run_federated
+from mllmfl_lite.measure.transfer import best, embed, epochs_to, finetune, linear_probe
+from mllmfl_lite.models import build_model, with_head
 
 
 def clouds(n=90, spread=0.3, seed=0):

@@ -11,7 +11,7 @@ import torch
 from bench_rounds import work
 from torch.utils.data import DataLoader, TensorDataset
 
-from mllmfl_lite.batches import Batches
+from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.repro import torch_generator
 
 EQUAL_IMAGES = 48  # a client's: two steps a round

@@ -1,0 +1,61 @@
+"""What can be said of a 32 x 32 picture from its class and its pixels: the sentences that the stand-ins learned from.
+
+Two halves that meet in `Facts`. `look` computes facts from pixels (main colour, background, light, size); `write` turns
+a class name and facts into text of one kind; `read_claims` goes back from any text to the facts and objects that it
+claims, so that a model's text can be held against the picture. Real models need none of this: it exists because
+no description of these images exists, and because claims about colour can be checked without a human.
+"""
+
+from __future__ import annotations
+
+# CIFAR-100's superclasses, as a noun each, with their fine classes (Krizhevsky, 2009)
+SUPERCLASSES = {
+    "sea mammal": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flower": "orchid poppy rose sunflower tulip",
+    "container": "bottle bowl can cup plate",
+    "fruit": "apple mushroom orange pear sweet_pepper",
+    "household device": "clock keyboard lamp telephone television",
+    "piece of furniture": "bed chair couch table wardrobe",
+    "insect": "bee beetle butterfly caterpillar cockroach",
+    "predator": "bear leopard lion tiger wolf",
+    "building": "bridge castle house road skyscraper",
+    "landscape": "cloud forest mountain plain sea",
+    "large animal": "camel cattle chimpanzee elephant kangaroo",
+    "wild mammal": "fox porcupine possum raccoon skunk",
+    "invertebrate": "crab lobster snail spider worm",
+    "person": "baby boy girl man woman",
+    "reptile": "crocodile dinosaur lizard snake turtle",
+    "small mammal": "hamster mouse rabbit shrew squirrel",
+    "tree": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicle": "bicycle bus motorcycle pickup_truck train",
+    "machine": "lawn_mower rocket streetcar tank tractor",
+}
+
+
+SUPERCLASS_OF = {fine: noun for noun, members in SUPERCLASSES.items() for fine in members.split()}
+
+
+SPOKEN = {"orange": "orange fruit", "plain": "grassy plain", "can": "tin can"}  # whose names mean something else, too
+
+
+SYNONYMS = {"airplane": "plane", "automobile": "car", "ship": "boat"}
+
+
+def with_article(noun: str) -> str:
+    """``"an airplane"``, ``"a cat"``."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def spoken(name: str) -> str:
+    """A class name as it is said: ``"pickup_truck"`` is "pickup truck"."""
+    return SPOKEN.get(name, name.replace("_", " "))
+
+
+def words_for(name: str) -> tuple[str, ...]:
+    """The words that name a class: its own, a synonym, and for CIFAR-100 its superclass's noun."""
+    more = (SYNONYMS.get(name), SUPERCLASS_OF.get(name))
+    return (spoken(name), *(word for word in more if word))
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

