@@ -1,11 +1,4 @@
-"""The two strong baselines, CReFF and CLIP2FL, as methods for the same rounds as FedAvg::
-
-    run_federated(model, train, split, test, CReFF(), FedSettings(rounds=60))
-    run_federated(model, train, split, test, CLIP2FL.for_clients(train, "tiny_clip"), FedSettings(rounds=60))
-
-Both mend the head, the last linear layer, which the long tail bends most. Written from descriptions of the methods;
-where those leave something open, the docstring says "our reading".
-"""
+"""CLIP2FL: CReFF with a CLIP as teacher on clients and server, a baseline."""
 
 from __future__ import annotations
 
@@ -20,23 +13,25 @@ from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.federated.creff import CReFF
 from mllmfl_lite.federated.methods import State
 from mllmfl_lite.models import CompactModel, distillation
+from mllmfl_lite.teachers import load_zero_shot
+from mllmfl_lite.teachers.answers import ask_teacher
 
 
 @dataclass(frozen=True)
 class CLIP2FL(CReFF):
     """CLIP-guided federated learning (Shi et al., 2024): CReFF, with CLIP as a teacher on both sides.
 
-    A client minimises ``CE + distill * T^2 * KL(softmax(clip / T) || softmax(out / T))``; on the server, the synthetic
-    features of each class are also drawn to CLIP's text feature of its name, by a contrastive loss on class means
-    after a linear map.
+    A client minimises ``CE + distill * T^2 * KL(softmax(clip / T) || softmax(out / T))``. On the server a contrastive
+    loss on class means, after a linear map, draws the synthetic features of each class to CLIP's text feature of its
+    name.
 
-    Our reading: CLIP sees each image once, whole, without the augmentation (so its logits can be computed before the
-    first round); the linear map moves with the features, at the same step size.
+    Our reading: CLIP sees each image once, whole, without augmentation, so its logits are computed before the first
+    round; the linear map is optimised with the features, at the same step size.
 
     Attributes:
         clip_logits: CLIP's logits on all clients' images (N, C).
         text_features: CLIP's text features of the class names, of unit length (C, D_text).
-        clip_flops: of CLIP's image encoder on one image.
+        clip_flops: operations of CLIP's image encoder on one image.
         clip_bytes: of its weights.
         distill: weight of the client's distillation.
         temperature: T.
@@ -66,13 +61,7 @@ class CLIP2FL(CReFF):
     def for_clients(
         cls, train: ImageSet, clip: str = "tiny_clip", folder: str | Path = "", **options: float
     ) -> CLIP2FL:
-        """Ask the teacher of that name (see `load_zero_shot`) about the clients' images and the class names.
-
-        Answers about images are kept in the folder, and read from there the next time; without one nothing is kept.
-        """
-        from mllmfl_lite.teachers import load_zero_shot  # slow to import; the other methods do not need it
-        from mllmfl_lite.teachers.answers import ask_teacher  # built on this module
-
+        """Ask the teacher of that name about the clients' images and the class names; the folder caches its answers."""
         teacher = load_zero_shot(clip or "tiny_clip")
         flops, size = teacher.image_cost()
         return cls(
@@ -86,22 +75,22 @@ class CLIP2FL(CReFF):
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """Cross-entropy and the distillation of CLIP's answer."""
         logits = model(x)
-        told = self.clip_logits[rows.to(self.clip_logits.device)].to(x.device)
-        return cross_entropy(logits, y) + self.distill * distillation(logits, told, self.temperature)
+        teacher_logits = self.clip_logits[rows.to(self.clip_logits.device)].to(x.device)
+        return cross_entropy(logits, y) + self.distill * distillation(logits, teacher_logits, self.temperature)
 
-    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
+    def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
         """CReFF's, and the linear map (D_text, D)."""
-        memory = super().init_memory(parameters, generator)
-        width = memory["features"].shape[2]
+        server_state = super().init_server_state(parameters, generator)
+        width = server_state["features"].shape[2]
         shape = (self.text_features.shape[1], width)
         start = (torch.rand(shape, generator=generator) * 2 - 1) * width**-0.5
-        return {**memory, "map": start.to(memory["features"])}
+        return {**server_state, "map": start.to(server_state["features"])}
 
-    def trained_beside(self, memory: State) -> State:
+    def other_trained(self, server_state: State) -> State:
         """The linear map."""
-        return {"map": memory["map"]}
+        return {"map": server_state["map"]}
 
-    def beside_matching(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
+    def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
         """The prototypes' contrastive loss, weighted."""
         prototypes = features.mean(1) @ trained["map"].T
         logits = cosine_similarity(prototypes[:, None], self.text_features.to(features)[None], dim=-1)

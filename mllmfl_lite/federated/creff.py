@@ -1,11 +1,4 @@
-"""The two strong baselines, CReFF and CLIP2FL, as methods for the same rounds as FedAvg::
-
-    run_federated(model, train, split, test, CReFF(), FedSettings(rounds=60))
-    run_federated(model, train, split, test, CLIP2FL.for_clients(train, "tiny_clip"), FedSettings(rounds=60))
-
-Both mend the head, the last linear layer, which the long tail bends most. Written from descriptions of the methods;
-where those leave something open, the docstring says "our reading".
-"""
+"""CReFF: classifier re-training with federated features, a baseline that retrains the last layer on the server."""
 
 from __future__ import annotations
 
@@ -16,14 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot, softmax
 
 from mllmfl_lite.data.batches import Batches
-from mllmfl_lite.federated.clip2fl import CLIP2FL
 from mllmfl_lite.federated.methods import FedAvg, State
-from mllmfl_lite.federated.rounds import METHODS
 from mllmfl_lite.models import CompactModel
 
-MATCHED = 2**27  # entries of gradients that CReFF's server works on at once, 4 bytes each and some six times that
-
-
+MATCHED = 2**27  # gradient entries in memory at once on the server: 4 bytes each, about six copies
 HEAD = ("head.weight", "head.bias")
 
 
@@ -63,7 +52,7 @@ def strongly_augmented(batches: Batches, rows: Tensor, generator: torch.Generato
 
 
 def _near(centre: Tensor, side: int) -> Tensor:
-    """Which of `side` places lie within a quarter of the side of each centre (B,): bool (B, side)."""
+    """Mark the pixels within a quarter of the side of each centre (B,): bool (B, side)."""
     return (torch.arange(side, device=centre.device) - centre[:, None]).abs() < side // 4
 
 
@@ -71,22 +60,22 @@ def _near(centre: Tensor, side: int) -> Tensor:
 class CReFF(FedAvg):
     """Classifier re-training with federated features (Shang et al., 2022).
 
-    Each round a client also sends, for each class that it holds, the mean gradient of the head on its own features. The
-    server moves synthetic features until they give the same gradients, and trains a fresh head on them, as many for
-    each class: that head, on the averaged body, is what is tested. The averaged model with its own head goes on.
+    Each round a client also sends the mean gradient of the head on its own features, for each class that it holds. The
+    server optimises synthetic features until they give the same gradients. It trains a fresh head on them, with equal
+    numbers a class. The averaged body with that head is tested; the averaged model with its own head goes on.
 
-    Our reading: gradients are taken in evaluation mode, at the retrained head of the round before; the server's mean
-    over clients is not weighted; a class that no drawn client holds keeps its synthetic features.
+    Our reading: gradients are taken in evaluation mode, at the last round's retrained head; the mean over clients is
+    not weighted; a class that no drawn client holds keeps its synthetic features.
 
     Attributes:
         per_class: S, synthetic features a class.
         match_steps: steps of plain gradient descent on the synthetic features each round.
-        match_lr: their size.
+        match_lr: step size of this descent.
         head_epochs: passes over the synthetic features when the head is trained.
         head_lr: its step size.
         head_batch: features a step.
         repeats: augmented views over which a client averages a class's gradient.
-        images: most images of a class that a client looks at, per repeat.
+        images: at most so many images of a class a repeat.
     """
 
     per_class: int = 100
@@ -98,29 +87,29 @@ class CReFF(FedAvg):
     repeats: int = 10
     images: int = 32
 
-    def broadcast(self, memory: State) -> State:
-        """The retrained head: gradients are taken there."""
-        return {name: memory[name] for name in HEAD}
+    def broadcast(self, server_state: State) -> State:
+        """The retrained head, at which gradients are taken."""
+        return {name: server_state[name] for name in HEAD}
 
     @torch.no_grad()
-    def upload(self, model: CompactModel, batches: Batches, own: Tensor, received: State, generator) -> State:
+    def upload(self, model: CompactModel, batches: Batches, indices: Tensor, received: State, generator) -> State:
         """`classes` (k,), the classes that the client holds, and `gradients` (k, C, D + 1)."""
         model.eval()
-        head, labels = [received[name] for name in HEAD], batches.labels[own]
+        head, labels = [received[name] for name in HEAD], batches.labels[indices]
         classes = labels.unique()
-        gradients = [self._gradient(model, batches, own[labels == c], head, generator) for c in classes]
+        gradients = [self._gradient(model, batches, indices[labels == c], head, generator) for c in classes]
         return {"classes": classes, "gradients": torch.stack(gradients)}
 
-    def check_upload(self, beside: State, state: State) -> None:
-        """As `upload` gives it: each class once, and a gradient for each."""
-        if beside.keys() != {"classes", "gradients"}:
-            raise ValueError(f"classes and gradients are wanted; it sent {sorted(beside)[:3]}")
-        head, classes, gradients = state["head.weight"], beside["classes"], beside["gradients"]
+    def check_upload(self, extra: State, state: State) -> None:
+        """Require each class once, and one gradient for each."""
+        if extra.keys() != {"classes", "gradients"}:
+            raise ValueError(f"classes and gradients are wanted; it sent {sorted(extra)[:3]}")
+        head, classes, gradients = state["head.weight"], extra["classes"], extra["gradients"]
         count, width = head.shape
         if classes.dtype != torch.int64 or classes.dim() != 1 or not set(classes.tolist()) <= set(range(count)):
             raise ValueError(f"classes must be whole numbers from 0 to {count - 1}")
         if len(classes.unique()) < len(classes):
-            raise ValueError("a class stands twice; each has one vote")
+            raise ValueError("a class stands twice; send one gradient a class")
         shape = (len(classes), count, width + 1)
         if (gradients.shape, gradients.dtype) != (shape, head.dtype):
             sent = f"{gradients.dtype} {tuple(gradients.shape)}"
@@ -134,54 +123,54 @@ class CReFF(FedAvg):
 
         return torch.stack([once() for _ in range(self.repeats)]).mean(0)
 
-    def init_memory(self, parameters: State, generator: torch.Generator) -> State:
-        """Synthetic features (C, S, D) from a standard normal distribution, and the head to begin with."""
+    def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
+        """Synthetic features (C, S, D) from a standard normal distribution, and the initial head."""
         head = {name: parameters[name].clone() for name in HEAD}
         classes, width = head["head.weight"].shape
         features = torch.randn(classes, self.per_class, width, generator=generator).to(head["head.weight"])
         return {"features": features, **head}
 
     def server_update(
-        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
+        self, state: State, mean: State, server_state: State, uploads: list[State], generator: torch.Generator
     ) -> tuple[State, State]:
-        """The mean goes on; features are matched, and a fresh head is trained."""
-        wanted, present = mean_by_class(uploads, len(memory["features"]))
-        head = [memory[name] for name in HEAD]
-        memory = {**memory, **self._match(memory, wanted[present], present, head)}
-        weight, bias = self._fresh_head(memory["features"], generator)
-        return mean, {**memory, "head.weight": weight, "head.bias": bias}
+        """Keep the mean, match the features, train a fresh head."""
+        wanted, present = mean_by_class(uploads, len(server_state["features"]))
+        head = [server_state[name] for name in HEAD]
+        server_state = {**server_state, **self._match(server_state, wanted[present], present, head)}
+        weight, bias = self._fresh_head(server_state["features"], generator)
+        return mean, {**server_state, "head.weight": weight, "head.bias": bias}
 
-    def _match(self, memory: State, wanted: Tensor, present: Tensor, head: list[Tensor]) -> State:
-        """Move the features of the classes `present` (k,) until their gradients point as `wanted` (k, C, D + 1) do."""
-        moved = memory["features"][present].clone().requires_grad_()
-        beside = {name: t.clone().requires_grad_() for name, t in self.trained_beside(memory).items()}
-        free = [moved, *beside.values()]
+    def _match(self, server_state: State, wanted: Tensor, present: Tensor, head: list[Tensor]) -> State:
+        """Optimise features of the classes `present` (k,) towards the gradients `wanted` (k, C, D + 1)."""
+        moved = server_state["features"][present].clone().requires_grad_()
+        others = {name: t.clone().requires_grad_() for name, t in self.other_trained(server_state).items()}
+        free = [moved, *others.values()]
         labels = present[:, None].expand(-1, self.per_class)
-        some = max(1, MATCHED // wanted[0].numel())  # classes whose gradients are held at once: memory is bounded
+        some = max(1, MATCHED // wanted[0].numel())  # classes at once: this bounds the memory used
         for _ in range(self.match_steps):
-            steps = self._beside_steps(free, present, beside)
+            steps = self._other_steps(free, present, others)
             parts = zip(moved.detach().split(some), labels.split(some), wanted.split(some), strict=True)
             steps[0] = steps[0] + torch.cat([_towards(*part, head) for part in parts])
             with torch.no_grad():
                 for tensor, step in zip(free, steps, strict=True):
                     tensor.sub_(self.match_lr * step)
-        features = memory["features"].clone()
+        features = server_state["features"].clone()
         features[present] = moved.detach()
-        return {"features": features, **{name: t.detach() for name, t in beside.items()}}
+        return {"features": features, **{name: t.detach() for name, t in others.items()}}
 
-    def _beside_steps(self, free: list[Tensor], classes: Tensor, trained: State) -> list[Tensor]:
-        """The further term's gradients for features and what is trained beside them; zero where there is none."""
-        loss = self.beside_matching(free[0], classes, trained)
+    def _other_steps(self, free: list[Tensor], classes: Tensor, trained: State) -> list[Tensor]:
+        """Gradients of `other_loss`; zeros if there is none."""
+        loss = self.other_loss(free[0], classes, trained)
         if not isinstance(loss, Tensor):
             return [torch.zeros_like(tensor) for tensor in free]
         return list(torch.autograd.grad(loss, free))
 
-    def trained_beside(self, memory: State) -> State:
-        """What else moves with the features; nothing here."""
+    def other_trained(self, server_state: State) -> State:
+        """Other tensors to optimise with the features."""
         return {}
 
-    def beside_matching(self, features: Tensor, classes: Tensor, trained: State) -> Tensor | float:
-        """A further term of the server's loss; nothing here."""
+    def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor | float:
+        """A further term of the server's loss."""
         return 0.0
 
     def _fresh_head(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -196,26 +185,23 @@ class CReFF(FedAvg):
                     both.sub_(step, alpha=self.head_lr)
         return both[:, :-1].clone(), both[:, -1].clone()
 
-    def deployed(self, state: State, memory: State) -> State:
+    def deployed(self, state: State, server_state: State) -> State:
         """The averaged body with the retrained head."""
-        return {**state, **{name: memory[name] for name in HEAD}}
+        return {**state, **{name: server_state[name] for name in HEAD}}
 
 
 def _towards(features: Tensor, labels: Tensor, wanted: Tensor, head: list[Tensor]) -> Tensor:
-    """The gradient by which features (k, S, D) come to point the head as `wanted` (k, C, D + 1) does."""
+    """Gradient of the matching loss ``sum (1 - cosine)`` with respect to the features (k, S, D)."""
     features = features.clone().requires_grad_()
     loss = (1 - cosine_similarity(head_gradients(features, labels, *head), wanted, dim=-1)).sum()
     return torch.autograd.grad(loss, features)[0]
 
 
 def mean_by_class(uploads: list[State], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Gradients (C, C, D + 1) averaged over the clients that hold each class, and the classes that any holds (k,)."""
+    """Average gradients (C, C, D + 1) over the clients that hold each class; list the classes that any holds (k,)."""
     shape = (num_classes, *uploads[0]["gradients"].shape[1:])
     total, count = uploads[0]["gradients"].new_zeros(shape), uploads[0]["gradients"].new_zeros(num_classes)
     for sent in uploads:
         total.index_add_(0, sent["classes"], sent["gradients"])
         count.index_add_(0, sent["classes"], torch.ones_like(sent["classes"], dtype=count.dtype))
     return total.div_(count.clamp(min=1).view(-1, *[1] * (len(shape) - 1))), count.nonzero().flatten()
-
-
-METHODS |= {"creff": CReFF, "clip2fl": CLIP2FL}

@@ -1,22 +1,14 @@
-"""Stage 3, global alignment: a class-balanced server set chosen by the teacher, and finetuning on it::
-
-    told    = teacher.class_probabilities(web.images, names)
-    chosen  = draw_server_set(web, told, names, per_class=100)
-    aligned = align(model, chosen, AlignSettings())
-
-The loss is ``CE(y, p) + beta * KL(q || p)`` (the paper's): p is the model's softmax, q the teacher's distribution over
-the class names, y the teacher's own first choice. No client's image and no human label enters. That the set is drawn
-from open web images by the teacher's confidence is our reading.
-"""
+"""Alignment of the mean in each round, in place of one alignment after the last: an option of our reading."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
-from mllmfl_lite.federated.methods import FedAvg, State
+from mllmfl_lite.federated.aggregate import State
+from mllmfl_lite.federated.methods import FedAvg
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import sha256_arrays
 from mllmfl_lite.stages.align import AlignSettings, align
@@ -25,40 +17,29 @@ from mllmfl_lite.stages.server_set import ServerSet
 
 @dataclass(frozen=True)
 class AlignEachRound(FedAvg):
-    """FedAvg with an alignment of the mean after each round, in place of one at the end (our reading's option).
+    """FedAvg whose mean is aligned on the server set before it goes on.
 
     Attributes:
-        chosen: the server set.
+        server_set: the class-balanced set.
         settings: of each alignment.
         model: any model of the right shape.
     """
 
-    chosen: ServerSet = None
-    settings: AlignSettings = field(default_factory=AlignSettings)
-    model: CompactModel = None
+    server_set: ServerSet
+    settings: AlignSettings
+    model: CompactModel
 
     def identity(self) -> dict:
-        """The set's checksum and the settings."""
-        drawn = [self.chosen.images.checksum(), sha256_arrays([self.chosen.told.numpy()])]
-        return {"name": type(self).__name__, "chosen": drawn, **asdict(self.settings)}
+        """The set's checksums and the settings."""
+        checksums = [self.server_set.images.checksum(), sha256_arrays([self.server_set.probabilities.numpy()])]
+        return {"name": type(self).__name__, "server_set": checksums, **asdict(self.settings)}
 
     def server_update(
-        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
+        self, state: State, mean: State, server_state: State, uploads: list[State], generator: torch.Generator
     ) -> tuple[State, State]:
-        """The aligned mean."""
+        """Return the aligned mean."""
         model = copy.deepcopy(self.model)
         model.load_state_dict(mean)
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        aligned = align(model, self.chosen, replace(self.settings, seed=seed), next(iter(mean.values())).device)
-        return dict(aligned.model.state_dict()), memory
-
-
-@dataclass(frozen=True)
-class ServerOnly(FedAvg):
-    """The control without clients: whatever they send is dropped, and the server's weights stay as they were."""
-
-    def server_update(
-        self, state: State, mean: State, memory: State, uploads: list[State], generator: torch.Generator
-    ) -> tuple[State, State]:
-        """The state before."""
-        return state, memory
+        aligned = align(model, self.server_set, self.settings, seed, next(iter(mean.values())).device)
+        return dict(aligned.model.state_dict()), server_state

@@ -1,0 +1,130 @@
+"""Aggregation on the server: the weighted mean of states, and checks of what clients send."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mllmfl_lite.repro import all_finite
+
+State = dict[str, Tensor]
+NORM_FACTOR = 10.0  # an update this many times larger than the round's median is refused
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What a client sends back.
+
+    Attributes:
+        state: its weights after local training, BatchNorm statistics included.
+        extra: the method's `upload`.
+        loss: its mean training loss.
+    """
+
+    state: State
+    extra: State
+    loss: float
+
+    def to(self, device: torch.device) -> ClientResult:
+        """The same with its tensors on the device."""
+        state, extra = ({name: t.to(device) for name, t in part.items()} for part in (self.state, self.extra))
+        return ClientResult(state, extra, self.loss)
+
+
+def weighted_mean(states: list[State], weights: list[float]) -> State:
+    """Weighted mean of states, entry by entry (McMahan et al., 2017, Algorithm 1: weights are sample counts n_k).
+
+    The whole state is averaged, BatchNorm statistics included. Sums run in float64 and in list order. Integer entries
+    (BatchNorm's step counter) are rounded and stay integers.
+
+    Raises:
+        ValueError: no states, weights that do not fit, are negative or all zero, or states of different shapes.
+    """
+    if not states or len(states) != len(weights) or not sum(weights) > 0 or min(weights) < 0:
+        raise ValueError(
+            "a weighted mean needs states and one weight each, none negative, not all zero; "
+            f"got {len(states)} states and weights {list(weights)[:10]}"
+        )
+    shapes = [{name: t.shape for name, t in state.items()} for state in states]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("states to be averaged must have the same names and shapes; they come from different models")
+    total = sum(weights)
+    return {name: _mean_entry([s[name] for s in states], [w / total for w in weights]) for name in states[0]}
+
+
+def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
+    mean = sum(t.double() * share for t, share in zip(tensors, shares, strict=True))
+    return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
+
+
+def check_state(sent: State, state: State) -> None:
+    """Raise `ValueError` unless a client's weights have the global ones' names, shapes and types and are possible.
+
+    Args:
+        sent: the client's weights.
+        state: the global weights.
+    """
+    if sent.keys() != state.keys():
+        raise ValueError(f"its weights have other names: {sorted(sent.keys() ^ state.keys())[:3]}")
+    for name, tensor in sent.items():
+        if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(state[name].shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has a number that is not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{name} is a variance, and it is negative")
+
+
+def unsound(results: dict[int, ClientResult], state: State, check_upload: Callable) -> dict[int, str]:
+    """Clients whose result cannot be used, with the reason.
+
+    Args:
+        results: what clients sent.
+        state: the global weights.
+        check_upload: the method's check of what stands beside the weights.
+    """
+    reasons = {}
+    for client, result in results.items():
+        try:
+            check_state(result.state, state)
+            if not (all_finite(result.extra.values()) and math.isfinite(result.loss)):
+                raise ValueError("it sent a number that is not finite")
+            check_upload(result.extra, state)
+        except ValueError as error:
+            reasons[client] = str(error)
+    return reasons
+
+
+def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dict[int, str]:
+    """Clients whose update is absurdly large: more than `NORM_FACTOR` times the round's median, with the reason.
+
+    Norms of weights and of BatchNorm statistics are compared apart, each divided by the root of the client's local
+    steps (a random walk grows so). The median is the lower one. A single client has nothing to be compared with.
+
+    Args:
+        sent: the clients' weights, each sound by `check_state`.
+        steps: each client's local steps.
+        state: the global weights that the round started from.
+    """
+    reasons: dict[int, str] = {}
+    for part in ("weights", "BatchNorm statistics"):
+        names = [n for n in state if state[n].is_floating_point() and ("running_" in n) == (part != "weights")]
+        norms = {client: _distance(sent[client], state, names) / math.sqrt(steps[client]) for client in sent}
+        median = sorted(norms.values())[(len(norms) - 1) // 2] if norms else 0.0
+        for client, norm in norms.items():
+            if norm > NORM_FACTOR * median > 0:
+                reasons.setdefault(
+                    client,
+                    f"its {part} moved {norm / median:.3g} times as far a step as the round's median; "
+                    f"at most {NORM_FACTOR:g} times is accepted",
+                )
+    return reasons
+
+
+def _distance(sent: State, state: State, names: list[str]) -> float:
+    squares = [(sent[name].double() - state[name].double()).square().sum() for name in names]
+    return torch.stack(squares).sum().sqrt().item() if squares else 0.0

@@ -1,0 +1,117 @@
+"""``mllmfl run`` and ``mllmfl plan``: run the experiments of YAML files, or say what they take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from mllmfl_lite.checkpoint import CheckpointError
+from mllmfl_lite.federated import ClientDiverged
+from mllmfl_lite.runs.files import Run, read_runs
+from mllmfl_lite.runs.plan import RATES, describe_plan, missing
+from mllmfl_lite.runs.run import run_experiment
+from mllmfl_lite.runs.stage1 import stage_one
+
+
+def add_commands(subparsers) -> None:
+    """Add the two commands to the command line."""
+    run = subparsers.add_parser("run", help="run experiments; what is done is skipped, what was interrupted resumes")
+    plan = subparsers.add_parser("plan", help="say what experiments need and roughly cost, and run nothing")
+    for parser in (run, plan):
+        parser.add_argument("files", nargs="+", help="YAML files; a later one replaces keys of earlier ones")
+        parser.add_argument("--methods", nargs="+", default=[], help="YAML files, one run each, merged after FILES")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[], help="one run each (default: as in the files)")
+        parser.add_argument("--out", required=True, help="folder of the results files")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument("--workers", type=int, help="threads that train clients (default: one a core)")
+    run.add_argument("--shared", default=".", help="where stage1/ and answers/ are, seen from --out")
+    run.add_argument("--report", help="a notebook that papermill executes on each finished run, into reports/")
+    run.add_argument("--stage1", action="store_true", help="stage 1 only; accelerate launch may start it")
+    run.set_defaults(function=_run)
+    plan.add_argument("--on", choices=RATES, default="laptop", help="machine whose rates the estimate uses")
+    plan.set_defaults(function=_plan)
+
+
+def _plan(chosen: argparse.Namespace) -> int:
+    runs = read_runs(chosen.files, chosen.methods, chosen.seeds)
+    todo = [run for run in runs if not run.is_done(chosen.out)]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
+    for text in describe_plan(todo, chosen.on):
+        print(text)
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    runs = read_runs(chosen.files, chosen.methods, chosen.seeds)
+    todo = [run for run in runs if not run.is_done(chosen.out) or _owes_report(run, chosen)]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+    if needs := sorted({need for run in todo for need in missing(run.experiment, chosen.out)}):
+        print("\n".join(["missing, and not fetched for you:", *needs]), file=sys.stderr)
+        return 3
+    if chosen.stage1:
+        return _each([run for run in todo if 1 in run.experiment.stages], chosen, _stage_one)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes can share stage 1 alone: add --stage1, then start one process without")
+    return _each(todo, chosen, _all_stages)
+
+
+def _each(todo: Sequence[Run], chosen: argparse.Namespace, work: Callable[[Run, argparse.Namespace], str]) -> int:
+    """Do one run after the other; one that fails is named, and the others go on."""
+    failed = []
+    for number, run in enumerate(todo, 1):
+        started = time.perf_counter()
+        print(f"[{number}/{len(todo)}] {run}", flush=True)
+        try:
+            done = work(run, chosen)
+        except (ValueError, OSError, RuntimeError, CheckpointError, ClientDiverged) as error:
+            failed.append(str(run))
+            print(f"failed: {error}", file=sys.stderr)
+        else:
+            print(f"{done}, {time.perf_counter() - started:.0f} s: {run.result(chosen.out)}", flush=True)
+    if failed:
+        print("failed, and can be started again: " + "; ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _all_stages(run: Run, chosen: argparse.Namespace) -> str:
+    result = run_experiment(
+        run.experiment, chosen.out, chosen.device, chosen.workers, run.label, shared=chosen.shared
+    )  # fmt: skip
+    if chosen.report:
+        _write_report(run, chosen)
+    return f"top-1 {result['summary']['top1']:.1%}"
+
+
+def _stage_one(run: Run, chosen: argparse.Namespace) -> str:
+    return f"stage 1 in {stage_one(run.experiment, chosen.out, chosen.device, chosen.shared)}"
+
+
+def _report(run: Run, chosen: argparse.Namespace) -> Path:
+    return Path(chosen.out) / "reports" / f"{run.result(chosen.out).stem}.ipynb"
+
+
+def _owes_report(run: Run, chosen: argparse.Namespace) -> bool:
+    """Return True if the last attempt at the report failed."""
+    return bool(chosen.report) and _report(run, chosen).with_suffix(".part.ipynb").exists()
+
+
+def _write_report(run: Run, chosen: argparse.Namespace) -> None:
+    """Execute the notebook on the run's result."""
+    path = _report(run, chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.ipynb")
+    values = {**run.values, "label": run.label, "folder": str(Path(chosen.out).resolve())}
+    command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
+    done = subprocess.run(
+        [*command, chosen.report, str(part), "-y", yaml.safe_dump(values)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"{run}: the result is there, but its report failed: {done.stderr.strip()[-2000:]}")
+    os.replace(part, path)
