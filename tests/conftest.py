@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllmfl_lite import partition
+from mllmfl_lite.data import partition
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import CompactModel, build_model
 from mllmfl_lite.teachers.imagenet import ImageNetTeacher

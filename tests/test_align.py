@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, softmax
 
-from mllmfl_lite import partition
+from mllmfl_lite.data import partition
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.metrics import evaluate_model

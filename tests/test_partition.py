@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmfl_lite import partition
+from mllmfl_lite.data import partition
 from mllmfl_lite.runs.results import reported
 
 CIFAR10_IF100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
