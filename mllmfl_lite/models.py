@@ -1,16 +1,10 @@
-"""Compact image models behind one small interface: feature map, features, token grid, head::
-
-    model = build_model("resnet8", num_classes=10)
-    model(x)              # logits (B, C)
-    model.features(x)     # (B, D): what the head, CReFF and a linear probe see
-    model.tokens(x, 4)    # (B, 16, D): a grid of visual tokens, what stage 1 puts before the language model
-
-Images x are float tensors (B, 3, H, W), normalised as `mllmfl_lite.batches` does it.
-"""
+"""Compact image models behind one interface: feature map, features, token grid, head."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 
 import safetensors.torch
@@ -18,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, kl_div, log_softmax, softmax
 
-from mllmfl_lite.repro import stable_seed, write_atomically
+from mllmfl_lite.repro import sha256_arrays, stable_seed, write_atomically
 
 
 class CompactModel(nn.Module):
@@ -146,32 +140,8 @@ def build_model(name: str, num_classes: int, width: int = 64, seed: int = 0) -> 
         return resnet8(num_classes, width) if name == "resnet8" else resnet50(num_classes)
 
 
-@torch.no_grad()
-def with_norms_of(model: CompactModel, other: CompactModel) -> CompactModel:
-    """A copy that computes the same, with each convolution scaled to the norm that it has in `other`.
-
-    BatchNorm follows each convolution and undoes its scale. But a step of SGD turns small weights further than large
-    ones: by a rate in proportion to lr / norm^2 (van Laarhoven, 2017). Pretraining leaves large weights, so rounds that
-    start from them learn more slowly at the same lr; this takes that difference away, and no other.
-
-    Args:
-        model: any model of `build_model`; not changed.
-        other: one of the same shape, e.g. with random weights.
-    """
-    model = copy.deepcopy(model)
-    layers, wanted = (
-        [m for m in of.body.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] for of in (model, other)
-    )
-    for conv, norm, like in zip(layers[::2], layers[1::2], wanted[::2], strict=True):
-        factor = like.weight.norm() / conv.weight.norm()
-        conv.weight.mul_(factor)
-        norm.running_mean.mul_(factor)
-        norm.running_var.mul_(factor**2)
-    return model
-
-
 def save_model(path: str | Path, model: CompactModel, name: str, width: int = 64) -> None:
-    """Write a model's weights as safetensors, with what `load_model` needs to build it again.
+    """Write a model's weights as safetensors, with what `load_model` needs. The same model gives the same bytes.
 
     Args:
         path: the file.
@@ -179,25 +149,35 @@ def save_model(path: str | Path, model: CompactModel, name: str, width: int = 64
         name: as given to `build_model`.
         width: as given to `build_model`.
     """
-    about = {"name": name, "width": str(width), "num_classes": str(model.head.out_features)}
-    content = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    write_atomically(Path(path), safetensors.torch.save(content, about))
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    about = {"name": name, "width": width, "num_classes": model.head.out_features, "sha256": _state_sha256(state)}
+    content = safetensors.torch.save(state, {"model": json.dumps(about, sort_keys=True)})  # one entry: no order
+    write_atomically(path, content)
 
 
 def load_model(path: str | Path) -> CompactModel:
-    """The model that `save_model` wrote.
+    """Read the model that `save_model` wrote.
 
     Raises:
-        ValueError: no such file, or not written by `save_model`.
+        ValueError: no such file, not written by `save_model`, or damaged.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            about, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(about["model"]) if "model" in about else about
         model = build_model(about["name"], int(about["num_classes"]), int(about["width"]))
-        model.load_state_dict(tensors)
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        model.load_state_dict(state)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} holds no model written by save_model ({error})") from error
+    if about.get("sha256", (found := _state_sha256(state))) != found:
+        raise ValueError(f"{path} is damaged: its weights do not fit its checksum; remove it and make it again")
     return model
+
+
+def _state_sha256(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256("\n".join(state).encode())
+    digest.update(sha256_arrays(tensor.cpu().numpy() for tensor in state.values()).encode())
+    return digest.hexdigest()
 
 
 def count_parameters(model: nn.Module) -> int:

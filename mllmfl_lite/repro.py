@@ -28,6 +28,7 @@ tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forked proces
 warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm.auto, in a notebook without widgets
 
 T = TypeVar("T")
+ASSETS = Path(__file__).parent / "assets"  # bundled images, models, prompts
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

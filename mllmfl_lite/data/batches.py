@@ -1,11 +1,7 @@
-"""Image sets as tensors on a device, handed out as normalised float batches, augmented a whole batch at a time.
+"""Image sets as normalised float batches on a device, augmented a whole batch at a time.
 
-The images stay uint8 and padded; a random crop is one indexed read of a strided view, so augmenting costs microseconds
-an image instead of the hundreds of a PIL pipeline, and nothing is decoded twice. Pictures in files, which no memory
-holds, are decoded and augmented by threads that stay one batch ahead (`FileBatches`)::
-
-    batches = open_batches(data, device)              # the one or the other
-    for x in batches.stream(order.split(32), generator): ...
+Images in memory stay one padded uint8 tensor: a random crop is an indexed read of a strided view (`Batches`). Files are
+decoded and augmented by threads that stay one batch ahead (`FileBatches`).
 """
 
 from __future__ import annotations
@@ -21,37 +17,29 @@ from torch import Tensor
 from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.repro import count_cores
 
-# The usual CIFAR-10 channel statistics. Used for every 32 x 32 set here: constants leak nothing about a client.
+# Usual channel statistics of CIFAR-10 and ImageNet. Constants: nothing is learned from a client.
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
-
-
 CHANNEL_STD = (0.2470, 0.2435, 0.2616)
-
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TRIES = 10  # random boxes drawn for a file until one fits
 
 
 def channel_statistics(size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation by which pictures of `size` pixels a side are normalised: CIFAR's up to 32, then ImageNet's.
-
-    So a server's picture from a file looks to a model as its clients' own do.
-    """
+    """Mean and deviation for images of `size` pixels a side: CIFAR's up to 32, ImageNet's above."""
     return (CHANNEL_MEAN, CHANNEL_STD) if size <= 32 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 class Batches:
-    """One image set on one device.
+    """An image set in memory on a device.
 
     Args:
         data: the images.
-        device: where the tensors live.
-        padding: black pixels on each side that random crops may reach into (4 is the usual choice for CIFAR).
+        device: of the tensors.
+        padding: black pixels on each side that random crops may reach (4 is usual for CIFAR).
 
     Attributes:
-        labels: int64, shape (N,), on the device.
+        labels: int64 (N,), on the device.
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", padding: int = 4):
@@ -71,31 +59,25 @@ class Batches:
         return self._normalise(self._windows[indices, self.padding, self.padding])
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """As `plain`, each image with its own random crop and its own coin for a horizontal flip."""
-        return self.cut(indices, self.chances([len(indices)], generator).to(indices.device))
+        """As `plain`, each image with its own random crop and horizontal flip."""
+        return self._crop(indices, self._draw(len(indices), generator).to(indices.device))
 
-    def chances(self, lengths: Iterable[int], generator: torch.Generator) -> Tensor:
-        """What `augmented` draws for batches of these lengths: each image's top, left and flip, int64 (3, sum)."""
-        drawn = [self._draw(length, generator) for length in lengths]
-        return torch.cat([torch.empty(3, 0, dtype=torch.int64), *drawn], 1)
+    def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+        """`augmented` for each run of indices. All draws are made at once, so a GPU is synchronised once."""
+        parts = list(parts)
+        lengths = [len(part) for part in parts]
+        drawn = torch.cat([torch.empty(3, 0, dtype=torch.int64), *(self._draw(n, generator) for n in lengths)], 1)
+        return map(self._crop, parts, drawn.to(self.labels.device).split(lengths, 1))
 
     def _draw(self, length: int, generator: torch.Generator) -> Tensor:
+        """Top, left and flip of each image: int64 (3, B)."""
         corners = torch.randint(2 * self.padding + 1, (2, length), generator=generator)
         return torch.cat([corners, torch.randint(2, (1, length), generator=generator)])
 
-    def cut(self, indices: Tensor, chances: Tensor) -> Tensor:
-        """The images at `indices` (...) with these `chances` (3, ...), on the device: float32 (..., 3, H, W)."""
-        top, left, flip = chances.flatten(1)
-        crops = self._windows[indices.flatten(), top, left]  # (B, 3, H, W)
-        flipped = torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops)
-        return self._normalise(flipped).unflatten(0, indices.shape)
-
-    def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-        """`augmented` for one run of indices after the other; all is drawn at once, so a GPU is waited for once."""
-        parts = list(parts)
-        lengths = [len(part) for part in parts]
-        chances = self.chances(lengths, generator).to(self.labels.device)
-        return map(self.cut, parts, chances.split(lengths, 1))
+    def _crop(self, indices: Tensor, drawn: Tensor) -> Tensor:
+        top, left, flip = drawn
+        crops = self._windows[indices, top, left]  # (B, 3, H, W)
+        return self._normalise(torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops))
 
 
 class Normalise:
@@ -113,22 +95,20 @@ class Normalise:
 
 
 class FileBatches:
-    """The same for pictures in files: ImageNet's usual crops, by torchvision's v2 functions, in threads.
+    """An image set in files: ImageNet's usual crops by torchvision, decoded in threads.
 
-    Training sees a random part of each picture (8 to 100 % of its area, sides 3:4 to 4:3) at `size`, flipped by a
-    coin; testing the middle of the picture after its shorter side was made ``size * 256 / 224``. Each picture's chances
-    are drawn before it is handed to a thread, so the number of threads changes nothing.
+    Training sees a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3) at `size`, flipped or not.
+    Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. All chance is drawn before an
+    image is handed to a thread, so the number of threads changes nothing.
 
     Args:
         data: the set, its images `ImageFiles`.
-        device: where batches go.
-        threads: that decode; default one a core.
+        device: of the batches.
+        threads: that decode; default: one a core.
 
     Attributes:
-        labels: int64, shape (N,), on the device.
+        labels: int64 (N,), on the device.
     """
-
-    TRIES = 10  # boxes drawn for a picture until one fits
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", threads: int | None = None):
         self.files, self.size = data.images, data.images.size
@@ -140,21 +120,17 @@ class FileBatches:
         return len(self.labels)
 
     def plain(self, indices: Tensor) -> Tensor:
-        """The middle of the pictures at `indices` (B,): float32 (B, 3, size, size).
-
-        Raises:
-            BadPictureError: a file is gone or damaged.
-        """
+        """The middle of the images at `indices` (B,): float32 (B, 3, size, size). A damaged file is a `ValueError`."""
         return self._collect([self._threads.submit(self._middle, i) for i in indices.tolist()])
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """As `plain`, each picture with its own random part and its own coin for a horizontal flip."""
+        """As `plain`, each image with its own random part and flip."""
         return self._collect(self._begin(indices, generator))
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-        """`augmented` for one run of indices after the other; the next is decoded while the last is in use."""
+        """`augmented` for each run of indices; the next is decoded while the last is in use."""
         ahead: list[Future] = []
-        for part in [part.cpu() for part in parts]:  # all now: later a GPU would have to be waited for
+        for part in [part.cpu() for part in parts]:  # all at once: a GPU is synchronised once
             begun = self._begin(part, generator)
             if ahead:
                 yield self._collect(ahead)
@@ -163,21 +139,21 @@ class FileBatches:
             yield self._collect(ahead)
 
     def _begin(self, indices: Tensor, generator: torch.Generator) -> list[Future]:
-        chances = torch.rand(len(indices), 1 + 4 * self.TRIES, generator=generator).tolist()
-        return [self._threads.submit(self._part, *one) for one in zip(indices.tolist(), chances, strict=True)]
+        drawn = torch.rand(len(indices), 1 + 4 * TRIES, generator=generator).tolist()
+        return [self._threads.submit(self._part, *one) for one in zip(indices.tolist(), drawn, strict=True)]
 
     def _collect(self, jobs: list[Future]) -> Tensor:
         pixels = torch.stack([job.result() for job in jobs])
         return self._normalise(pixels.to(self.labels.device))
 
-    def _part(self, index: int, chances: list[float]) -> Tensor:
-        from torchvision.transforms.v2 import functional  # slow to import
+    def _part(self, index: int, drawn: list[float]) -> Tensor:
+        from torchvision.transforms.v2 import functional  # slow
 
-        picture = self.files[index]
-        top, left, height, width = random_box(*picture.size, chances[1:])
-        pixels = functional.pil_to_tensor(picture.crop((left, top, left + width, top + height)))
+        image = self.files[index]
+        top, left, height, width = random_box(*image.size, drawn[1:])
+        pixels = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
         pixels = functional.resize(pixels, [self.size, self.size], antialias=True)
-        return functional.horizontal_flip(pixels) if chances[0] < 0.5 else pixels
+        return functional.horizontal_flip(pixels) if drawn[0] < 0.5 else pixels
 
     def _middle(self, index: int) -> Tensor:
         from torchvision.transforms.v2 import functional
@@ -187,15 +163,15 @@ class FileBatches:
         return functional.center_crop(pixels, [self.size, self.size])
 
 
-def random_box(width: int, height: int, chances: list[float]) -> tuple[int, int, int, int]:
-    """A random part of a picture, as ImageNet is trained on (Szegedy et al., 2015): top, left, height, width.
+def random_box(width: int, height: int, drawn: list[float]) -> tuple[int, int, int, int]:
+    """A random part of an image (Szegedy et al., 2015): top, left, height, width, in pixels.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        chances: numbers in [0, 1), four for each try: area, shape, place. If no try fits, the middle is taken.
+        width: of the image.
+        height: of the image.
+        drawn: numbers in [0, 1), four a try: area, shape, place. If no try fits, the middle is taken.
     """
-    for area, shape, down, right in zip(*(chances[i::4] for i in range(4)), strict=True):
+    for area, shape, down, right in zip(*(drawn[i::4] for i in range(4)), strict=True):
         wanted, ratio = (0.08 + 0.92 * area) * width * height, (3 / 4) * (16 / 9) ** shape
         w, h = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -1,11 +1,4 @@
-"""Labelled image sets: one uint8 array (N, H, W, C), its labels and its class names, behind one small function::
-
-    train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
-    train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
-    train = load_images("imagenet_lt", "train")       # 115,846 files of your own ImageNet folder, read when needed
-
-CIFAR is compared with a checksum, and every file of ImageNet-LT opened once, before images are handed out.
-"""
+"""CIFAR: the bundled small set, and the full sets from disk."""
 
 from __future__ import annotations
 
@@ -18,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from mllmfl_lite.data.folders import FOLDER_VARIABLE, data_folder
-from mllmfl_lite.data.images import ImageSet, _sha256_arrays
-from mllmfl_lite.data.pictures import DataError
+from mllmfl_lite.data.images import ImageSet, checksum
+from mllmfl_lite.repro import ASSETS
 
-MINI_FOLDER = Path(__file__).parent / "assets" / "cifar10_mini"
+MINI_FOLDER = ASSETS / "cifar10_mini"
 
 
 # sha256 of the uint8 pixels (N, 32, 32, 3) followed by the int64 labels, both little-endian, in the original order
@@ -34,10 +27,10 @@ PIXELS_SHA256 = {
 
 
 def check_pixels(dataset: str, part: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise `DataError` unless these are the original images and labels of that part, in the original order."""
-    found = _sha256_arrays(images, labels)
+    """Raise `ValueError` unless these are the original images and labels of that part, in the original order."""
+    found = checksum(images, labels)
     if found != PIXELS_SHA256[dataset, part]:
-        raise DataError(
+        raise ValueError(
             f"the {part} images of {dataset} differ from the originals: sha256 of pixels and labels is {found[:16]}…, "
             f"it must be {PIXELS_SHA256[dataset, part][:16]}…; remove the file and fetch it again"
         )
@@ -45,7 +38,7 @@ def check_pixels(dataset: str, part: str, images: np.ndarray, labels: np.ndarray
 
 def mini_index() -> dict:
     """The index of `cifar10_mini`: for each part its sheet, checksum, labels and the places in the full sets."""
-    return json.loads((MINI_FOLDER / "index.json").read_text())
+    return json.loads((MINI_FOLDER / "index.json").read_text(encoding="utf-8"))
 
 
 def cut_sheet(sheet: np.ndarray, columns: int, size: int = 32) -> np.ndarray:
@@ -55,13 +48,14 @@ def cut_sheet(sheet: np.ndarray, columns: int, size: int = 32) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=3)
-def _load_mini(part: str) -> ImageSet:
+def load_mini(part: str) -> ImageSet:
+    """A part of the bundled set; its checksum is verified."""
     index = mini_index()
     entry = index["parts"][part]
     path = MINI_FOLDER / entry["sheet"]
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise DataError(
+        raise ValueError(
             f"{path} is damaged or missing; take it again from the repository (git checkout -- {path.name})"
         )
     with Image.open(path) as sheet:
@@ -71,7 +65,8 @@ def _load_mini(part: str) -> ImageSet:
     return ImageSet(images, labels, tuple(entry["names"]), f"cifar10_mini/{part}")
 
 
-def _load_cifar(dataset: str, part: str) -> ImageSet:
+def load_cifar(dataset: str, part: str) -> ImageSet:
+    """A part of a full set, compared with the checksum of the originals; downloaded if absent."""
     folder = data_folder()
     packed = folder / f"{dataset}.npz"
     images, labels, names = _read_npz(packed, part) if packed.exists() else _torchvision(folder, dataset, part)
@@ -84,26 +79,28 @@ def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays[f"x_{part}"], arrays[f"y_{part}"], tuple(arrays["names"].tolist())
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it and make it again") from error
+        raise ValueError(f"{path} cannot be read ({error}); remove it and make it again") from error
 
 
 def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    from torchvision.datasets import CIFAR10, CIFAR100  # slow to import, and the bundled images do not need it
+    from torchvision.datasets import CIFAR10, CIFAR100  # slow
     from torchvision.datasets.utils import check_integrity
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     if folder.name == source.base_folder:
-        raise DataError(f"{FOLDER_VARIABLE}={folder} is the data set itself; name the folder above it: {folder.parent}")
+        raise ValueError(
+            f"{FOLDER_VARIABLE}={folder} is the data set itself; name the folder above it: {folder.parent}"
+        )
     archive = folder / source.filename
     if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
-        raise DataError(f"{archive} is corrupt: its md5 is not {source.tgz_md5}; remove it and fetch it again")
+        raise ValueError(f"{archive} is corrupt: its md5 is not {source.tgz_md5}; remove it and fetch it again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = source(folder, train=part == "train", download=True)
+        loaded = source(folder, train=part == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(
+        raise ValueError(
             f"{dataset} is not in {folder} and cannot be downloaded ({error}). Put {source.filename} "
             f"(from {source.url}), unpacked or not, into a folder and set {FOLDER_VARIABLE} to it"
             + (", or make cifar10.npz with scripts/cifar10_from_npm.py" if dataset == "cifar10" else "")
         ) from error
-    return there.data, np.asarray(there.targets, dtype=np.int64), tuple(there.classes)
+    return loaded.data, np.asarray(loaded.targets, dtype=np.int64), tuple(loaded.classes)

@@ -1,46 +1,43 @@
-"""Labelled image sets: one uint8 array (N, H, W, C), its labels and its class names, behind one small function::
+"""ImageNet-LT from the user's own ImageNet folder and the official lists (Liu et al., 2019).
 
-    train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
-    train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
-    train = load_images("imagenet_lt", "train")       # 115,846 files of your own ImageNet folder, read when needed
-
-CIFAR is compared with a checksum, and every file of ImageNet-LT opened once, before images are handed out.
+``$MLLMFL_DATA/imagenet`` is the ImageNet folder (``train/n01440764/n01440764_762.JPEG``, ...).
+``$MLLMFL_DATA/imagenet_lt`` holds ``ImageNet_LT_train.txt``, ``..._val.txt`` and ``..._test.txt``. A smaller set of the
+same form has its class names in ``imagenet_lt/classes.txt``, a line each.
 """
 
 from __future__ import annotations
 
-from mllmfl_lite.data.folders import check_files, data_folder, read_list
+from mllmfl_lite.data.folders import data_folder, read_lines, read_list, require_files
 from mllmfl_lite.data.images import ImageFiles, ImageSet
-from mllmfl_lite.data.pictures import DataError
 
-IMAGENET_LT = {"train": 115_846, "val": 20_000, "test": 50_000}
-"""Images in each official list of ImageNet-LT (Liu et al., 2019).
-
-``$MLLMFL_DATA/imagenet`` is the ImageNet folder (``train/n01440764/n01440764_762.JPEG``, ...), and
-``$MLLMFL_DATA/imagenet_lt`` holds the lists ``ImageNet_LT_train.txt``, ``..._val.txt``, ``..._test.txt``. A smaller set
-of the same form has its class names in ``imagenet_lt/classes.txt``, a line each.
-"""
+IMAGENET_LT = {"train": 115_846, "val": 20_000, "test": 50_000}  # images in each official list
 
 
-def _load_imagenet_lt(part: str, size: int) -> ImageSet:
+def load_imagenet_lt(part: str, size: int) -> ImageSet:
+    """One part, as files that are opened when needed.
+
+    Raises:
+        ValueError: a list or listed files are absent, or lists and class names do not fit.
+    """
     folder = data_folder()
-    listed = folder / "imagenet_lt" / f"ImageNet_LT_{part}.txt"
+    listed, classes = folder / "imagenet_lt" / f"ImageNet_LT_{part}.txt", folder / "imagenet_lt" / "classes.txt"
     paths, labels = read_list(listed)
-    own = folder / "imagenet_lt" / "classes.txt"
-    names = tuple(own.read_text().splitlines()) if own.exists() else _imagenet_names()
-    if not own.exists() and len(paths) != IMAGENET_LT[part]:
-        raise DataError(
+    names = tuple(line for _, line in read_lines(classes)) if classes.exists() else _imagenet_names()
+    if not classes.exists() and len(paths) != IMAGENET_LT[part]:
+        raise ValueError(
             f"{listed} has {len(paths):,} lines, the official list {IMAGENET_LT[part]:,}; fetch it again, or name the "
-            f"classes of a set of your own in {own}, a line each"
+            f"classes of a set of your own in {classes}, a line each"
         )
     if labels.max() >= len(names):
-        raise DataError(f"{listed} has the class number {labels.max()}, but there are {len(names)} class names")
+        raise ValueError(f"{listed} has the class number {labels.max()}, but there are {len(names)} class names")
     files = ImageFiles(folder / "imagenet", paths, size)
-    check_files(files)
+    own = "" if classes.exists() else f" and name the classes in {classes}, since the list is then one of your own"
+    require_files(files, f"Put them there; or take their lines out of {listed}{own}")
     return ImageSet(files, labels, names, f"imagenet_lt/{part}")
 
 
 def _imagenet_names() -> tuple[str, ...]:
-    from torchvision.models import ResNet50_Weights  # slow to import
+    from torchvision.models import ResNet50_Weights  # slow
 
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return tuple(f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names))

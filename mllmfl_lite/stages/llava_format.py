@@ -1,11 +1,4 @@
-"""Open pictures in, words out: an MLLM annotates images, one JSON line for each image and kind of text.
-
-    python -m mllmfl_lite.annotate my_pictures --out annotations
-
-writes `annotations.jsonl` (every record, with model, prompt hash and time), `annotations.llava.json` (what passed the
-filters, in LLaVA's own format) and `annotations.rejected.json` (images that could not be used, and why). The same code
-annotates with the bundled stand-in, with LLaVA-1.5-7B on a GPU, or through any endpoint that speaks OpenAI's protocol.
-"""
+"""LLaVA's own data format: ``[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]``."""
 
 from __future__ import annotations
 
@@ -14,62 +7,103 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllmfl_lite.stages.records import AnnotationError, Record
-from mllmfl_lite.teachers.llava import load_prompts
+from mllmfl_lite.stages.records import Record
+from mllmfl_lite.teachers.prompts import load_prompts
 
-_TURN = re.compile(r"Question:\s*(.+?)\s*\n\s*Answer:\s*(.+?)\s*(?=\nQuestion:|\Z)", re.S)
+_ASKS = {"question", "q", "user", "human"}
+_LABEL = re.compile(  # "Question 2:", "**Q1.**", "- User:", "3) Answer -"; a bare "Q" or "A" must be a capital
+    r"(?:^|(?<=\s))(?:[#>*_\-•]{1,4}\s*|\d{1,3}[.)]\s*){0,3}"
+    r"((?i:question|answer|user|human|assistant|gpt)|Q|A|AI)"
+    r"\s?#?\d{0,3}\s?[*_]{0,2}\s?[:.)\-–]\s?[*_]{0,2}(?=\s|$)",
+    re.M,
+)
 
 
 def to_llava(records: Sequence[Record], prompts: dict[str, str] | None = None) -> list[dict]:
-    """Records as LLaVA's instruction data: ``{"id", "image", "conversations": [{"from", "value"}, ...]}``.
+    """Export records as LLaVA's instruction data. No word is lost.
 
-    A conversation that follows "Question: ... Answer: ..." becomes one turn each; any other text answers its prompt.
-    ``<image>`` stands once, at the start of the first human turn. Source: the LLaVA repository's data format.
+    A text that follows "Question: ... Answer: ..." (in any of the usual forms) becomes one turn each; any other text
+    answers its prompt. ``<image>`` stands once, in the first human turn. For LLaVA's first stage (``plain``) export one
+    kind alone, ``detailed_description``. Source: the LLaVA repository's data format.
     """
     prompts = prompts or load_prompts()
     return [
         {
             "id": f"{record.id}-{record.kind}",
             "image": record.image,
-            "conversations": _turns(_without_markers(record.text), prompts[record.kind]),
+            "conversations": _turns(record.text.replace("<image>", "").strip(), prompts.get(record.kind, record.kind)),
         }
         for record in records
     ]
 
 
 def _turns(text: str, prompt: str) -> list[dict]:
-    pairs = _TURN.findall(text) or [(prompt, text)]
-    turns = [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair, strict=True)]
+    lead, parts = _split(text.replace("\r\n", "\n"))
+    asked = next((i for i, (asks, _) in enumerate(parts) if asks), None)
+    if asked is None or all(asks for asks, _ in parts):
+        pairs = [(prompt, text)]
+    else:
+        pairs = [(prompt, "\n".join(part for part in [lead, *(t for _, t in parts[:asked])] if part))]
+        for asks, part in parts[asked:]:
+            if asks:
+                pairs.append((part, ""))
+            else:
+                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]}\n{part}".strip())
+        pairs = _without_gaps(pairs)
+    values = [value for pair in pairs for value in pair]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return turns
 
 
-def _without_markers(text: str) -> str:
-    return text.replace("<image>", "").strip()
+def _split(text: str) -> tuple[str, list[tuple[bool, str]]]:
+    """The words before the first label, and (is a question, words) for each label."""
+    labels = list(_LABEL.finditer(text))
+    ends = [label.start() for label in labels[1:]] + [len(text)]
+    parts = [
+        (label[1].lower() in _ASKS, text[label.end() : end].strip(" \n*_"))
+        for label, end in zip(labels, ends, strict=True)
+    ]
+    return text[: labels[0].start()].strip() if labels else "", parts
 
 
-def check_llava(entries: Sequence[dict], images: Sequence[str] | None = None) -> list[str]:
-    """What is wrong with entries in LLaVA's format, a sentence each; an empty list where nothing is.
+def _without_gaps(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Questions without an answer join the question after them, or the last answer; an empty lead-in goes."""
+    kept: list[tuple[str, str]] = []
+    waiting = ""
+    for number, (question, answer) in enumerate(pairs):
+        if number == 0:
+            kept += [(question, answer)] if answer else []
+        elif answer:
+            kept.append((f"{waiting}\n{question}".strip(), answer))
+            waiting = ""
+        else:
+            waiting = f"{waiting}\n{question}".strip()
+    if waiting:
+        kept[-1] = (kept[-1][0], f"{kept[-1][1]}\n{waiting}")
+    return kept
+
+
+def check_llava(entries: Sequence[object], images: Sequence[str] | None = None) -> list[str]:
+    """Name what is wrong with entries in LLaVA's format, a sentence each.
 
     Args:
-        entries: from `to_llava`, or a file of LLaVA's.
-        images: the names that exist; None: do not look.
+        entries: from `to_llava`, or a file of LLaVA's; ids may repeat there, one for each conversation.
+        images: the file names that exist; None: do not look.
     """
-    problems, seen, there = [], set(), None if images is None else set(images)
+    problems, known = [], None if images is None else set(images)
     for number, entry in enumerate(entries):
         where = f"entry {number} ({entry.get('id')!r})" if isinstance(entry, dict) else f"entry {number}"
         turns = entry.get("conversations") if isinstance(entry, dict) else None
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             problems.append(f"{where} has no list of conversations with 'from' and 'value'")
             continue
-        if entry.get("id") in seen:
-            problems.append(f"{where}: the id stands twice")
-        seen.add(entry.get("id"))
-        if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        turns = turns[1:] if turns[0]["from"] == "system" else turns
+        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
             problems.append(f"{where}: turns must alternate, human first, gpt last")
-        if sum(turn["value"].count("<image>") for turn in turns) != 1 or "<image>" not in turns[0]["value"]:
+        elif sum(turn["value"].count("<image>") for turn in turns) != 1 or "<image>" not in turns[0]["value"]:
             problems.append(f"{where}: <image> must stand once, in the first human turn")
-        if there is not None and entry.get("image") not in there:
+        if known is not None and entry.get("image") not in known:
             problems.append(f"{where}: image {entry.get('image')!r} does not exist")
     return problems
 
@@ -78,19 +112,22 @@ def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
 
 
-def from_llava(path: str | Path) -> list[dict]:
-    """The entries of a file in LLaVA's format; fields beside id, image and conversations are left out.
+def from_llava(path: str | Path) -> tuple[list[dict], int]:
+    """Read a file in LLaVA's format: the entries with an image, ids as text, and how many entries have none.
 
     Raises:
-        AnnotationError: it is no JSON list, or an entry breaks the format (the first five are named).
+        ValueError: it is no JSON list, or an entry breaks the format (the first five are named).
     """
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AnnotationError(f"{path} cannot be read as JSON ({error})") from error
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(entries, list):
-        raise AnnotationError(f"{path} must hold one JSON list of entries; it holds a {type(entries).__name__}")
-    problems = check_llava(entries)
-    if problems:
-        raise AnnotationError(f"{path}: {len(problems)} entries break LLaVA's format; {'; '.join(problems[:5])}")
-    return [{key: entry[key] for key in ("id", "image", "conversations") if key in entry} for entry in entries]
+        raise ValueError(f"{path} must hold one JSON list of entries; it holds a {type(entries).__name__}")
+    pictured = [entry for entry in entries if not isinstance(entry, dict) or entry.get("image")]
+    if problems := check_llava(pictured):
+        raise ValueError(f"{path}: {len(problems)} entries break LLaVA's format; {'; '.join(problems[:5])}")
+    read = [
+        {"id": str(e.get("id", "")), "image": str(e["image"]), "conversations": e["conversations"]} for e in pictured
+    ]
+    return read, len(entries) - len(pictured)

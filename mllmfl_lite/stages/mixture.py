@@ -1,20 +1,14 @@
-"""Stage 1b, Dynamic Weighted Pretraining: a compact model takes a frozen CLIP's place in front of a frozen LLM::
+"""Dynamic Weighted Pretraining: the mixture of a frozen CLIP and the compact model in front of a frozen LLM.
 
-    mllm  = load_mllm()
-    texts = read_texts(bundled_annotations(), array_source(web).ids, mllm)
-    views = ArrayViews(web, mllm, folder="runs/features")
-    done  = pretrain(build_model("resnet8", 10, width=16), mllm, views, texts, PretrainSettings(epochs=8))
-    done.model                                     # what goes to the clients
-
-The language model sees ``H(x) = (1 - alpha) * P_clip(f_clip(x)) + alpha * P_s(g(x))`` in the places of the picture,
-with alpha rising from 0 to 1, and its loss on the annotation's tokens trains g and P_s alone. The mixture is the
-paper's; this equation, the schedules and the start of P_s are our reading of it.
+The LLM reads ``H(x) = (1 - alpha) * P_clip(f_clip(x)) + alpha * P_s(g(x))`` in the image's places. The mixture is the
+paper's; this equation, the schedules of alpha and the initial P_s are our reading.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,21 +17,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import numpy_generator, stable_seed
-from mllmfl_lite.stages.pretrain import PretrainSettings
 from mllmfl_lite.stages.texts import Texts
 from mllmfl_lite.stages.views import Views
 from mllmfl_lite.teachers.llava import MllmTeacher
 
-START_IMAGES = 256  # looked at to give the projection its start
-
-
+START_IMAGES = 256  # used to initialise the projection
 STAIRS = 4  # levels of the schedule "step": 0, 1/3, 2/3, 1
-
-
-class PretrainError(ValueError):
-    """Pretraining cannot start: texts, images, model and settings do not fit together; the message says how."""
-
-
 SCHEDULES = {
     "linear": lambda u: u,
     "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,
@@ -47,15 +32,15 @@ SCHEDULES = {
 
 
 def alpha_at(step: int, steps: int, schedule: str = "linear", ramp: float = 1.0, end: float = 1.0) -> float:
-    """The weight of the compact model in step `step` of `steps`, counted from 0: from 0 in the first to `end`.
+    """The compact model's weight in a step: it rises from 0 in the first to `end`.
 
     Args:
-        step: which step.
-        steps: how many there are.
-        schedule: ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or ``"constant"``: `end` from the start, the
-            ablation without dynamic weighting.
-        ramp: the share of the steps in which alpha rises; it rests at `end` in the others.
-        end: where it ends; 1 takes CLIP out.
+        step: counted from 0.
+        steps: in all.
+        schedule: ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or ``"constant"``: `end` from the first step, an
+            ablation.
+        ramp: share of the steps in which alpha rises; then it stays at `end`.
+        end: its last value; 1 removes CLIP.
 
     Source: the paper has alpha rise from 0 to 1; the shapes are our reading.
     """
@@ -64,11 +49,11 @@ def alpha_at(step: int, steps: int, schedule: str = "linear", ramp: float = 1.0,
 
 
 class CompactEncoder(nn.Module):
-    """What is trained: the compact model g and the projection P_s, two layers with a GELU like LLaVA-1.5's own.
+    """The trained part: the compact model g and the projection P_s, two layers with a GELU as in LLaVA-1.5.
 
     Args:
         model: g; its head is not used.
-        grid: the side of the token grid that the MLLM reads.
+        grid: side of the token grid that the MLLM reads.
         hidden: H, the width of the language model.
     """
 
@@ -84,15 +69,15 @@ class CompactEncoder(nn.Module):
 
     @torch.no_grad()
     def start_like(self, x: Tensor, visual: Tensor) -> None:
-        """Give P_s the mean and spread that the MLLM's projector has, so that the LLM meets tokens of a known size.
+        """Give P_s the mean and spread of the MLLM's own projector.
 
         Args:
             x: images (B, 3, H, W).
-            visual: the MLLM's projected tokens of the same or other images, (B, P, H).
+            visual: the MLLM's projected tokens of images (B, P, H).
         """
         last, statistics = self.projection[-1], copy.deepcopy(self.state_dict())
         own = self.train()(x)
-        self.load_state_dict(statistics)  # looking must not move BatchNorm's averages
+        self.load_state_dict(statistics)  # this pass must not move BatchNorm's averages
         middle, own_middle = visual.mean((0, 1)), own.mean((0, 1))
         scale = (visual - middle).std() / (own - own_middle).std().clamp(min=1e-6)
         last.weight.mul_(scale)
@@ -102,25 +87,24 @@ class CompactEncoder(nn.Module):
 def new_encoder(
     model: CompactModel, mllm: MllmTeacher, views: Views, texts: Texts, seed: int, device: str | torch.device = "cpu"
 ) -> CompactEncoder:
-    """What training starts from: a copy of `model`, and a new projection with the mean and spread of the MLLM's own.
+    """Initialise the trained part: a copy of `model`, and a projection with the mean and spread of the MLLM's own.
 
     Args:
         model: the compact model.
         mllm: the frozen LLaVA.
-        views: the pictures; up to `START_IMAGES` of them are looked at.
-        texts: their questions say how many visual tokens the MLLM reads.
+        views: the images; up to `START_IMAGES` are used.
+        texts: their questions show how many visual tokens the MLLM reads.
         seed: of the projection's weights.
         device: where it will be trained.
 
     Raises:
-        PretrainError: the MLLM's visual tokens are no square grid.
-        ValueError: the compact model's feature map does not fit the grid.
+        ValueError: the MLLM's visual tokens are no square grid, or the compact model's feature map does not fit it.
     """
     reader = FrozenReader(mllm)
     places = texts.questions[0].count(reader.image_token)
     grid = math.isqrt(places)
     if grid * grid != places:
-        raise PretrainError(f"the MLLM reads {places} visual tokens, which is no square grid")
+        raise ValueError(f"the MLLM reads {places} visual tokens, which is no square grid")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(seed, "projection"))
         encoder = CompactEncoder(copy.deepcopy(model), grid, reader.hidden)
@@ -136,7 +120,7 @@ class FrozenReader:
     """The frozen half: the MLLM's projector P_clip and its language model.
 
     Args:
-        mllm: from `load_mllm`; no weight of it is ever changed.
+        mllm: from `load_mllm`; its weights never change.
         gradient_checkpointing: see `PretrainSettings`.
     """
 
@@ -147,7 +131,7 @@ class FrozenReader:
         language = self.model.model.language_model
         if gradient_checkpointing:
             language.gradient_checkpointing_enable({"use_reentrant": False})
-        language.train(gradient_checkpointing)  # checkpointing is for training mode; a LLaVA's LLM has no dropout
+        language.train(gradient_checkpointing)  # checkpointing needs training mode; a LLaVA's LLM has no dropout
 
     def project(self, tokens: Tensor) -> Tensor:
         """P_clip: patch tokens (B, P, D) -> visual tokens (B, P, H)."""
@@ -155,10 +139,10 @@ class FrozenReader:
             return self.model.model.multi_modal_projector(tokens.to(self.model.device, self.model.dtype))
 
     def loss(self, visual: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the learned tokens, in nats, with `visual` in the picture's places.
+        """Mean negative log-likelihood of the learned tokens, in nats.
 
         Args:
-            visual: (B, P, H).
+            visual: (B, P, H), placed where the image tokens are.
             ids: int64 (B, L), with P image tokens in each row.
             labels: int64 (B, L); -100 where nothing is learned.
         """
@@ -166,45 +150,57 @@ class FrozenReader:
         words = words.masked_scatter((ids == self.image_token)[..., None], visual.to(words.dtype))
         hidden = self.model.model.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
         learned = labels[:, 1:] != -100
-        logits = self.model.lm_head(hidden[:, :-1][learned])  # of answer tokens only
+        logits = self.model.lm_head(hidden[:, :-1][learned])  # of answer tokens alone
         return cross_entropy(logits.float(), labels[:, 1:][learned])
+
+
+class TextBatch(NamedTuple):
+    """One batch of stage 1.
+
+    Attributes:
+        x: the compact model's images (B, 3, H, W).
+        tokens: CLIP's patch tokens (B, P, D); None at alpha 1 without feature term, since CLIP is then not used.
+        ids: int64 (B, L).
+        labels: int64 (B, L).
+    """
+
+    x: Tensor
+    tokens: Tensor | None
+    ids: Tensor
+    labels: Tensor
 
 
 def mixed_loss(
     encoder: nn.Module,
     reader: FrozenReader,
     alpha: float,
-    x: Tensor,
-    tokens: Tensor | None,
-    ids: Tensor,
-    labels: Tensor,
-    settings: PretrainSettings,
+    batch: TextBatch,
+    language_weight: float = 1.0,
+    feature_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one batch: ``-log p_LLM(answer | H(x), question)`` and, if wanted, the feature term.
+    """The loss of one batch: ``-log p_LLM(answer | H(x), question)``, and an optional feature term.
 
     Args:
-        encoder: `CompactEncoder`, or what wraps it.
+        encoder: `CompactEncoder`, or a module that wraps it.
         reader: the frozen half.
         alpha: the compact model's weight.
-        x: the compact model's images (B, 3, H, W).
-        tokens: CLIP's patch tokens (B, P, D); may be None at alpha 1 without feature term: CLIP is out of the path.
-        ids: int64 (B, L).
-        labels: int64 (B, L).
-        settings: supplies the two weights.
+        batch: images, tokens and texts.
+        language_weight: of the first term.
+        feature_weight: of ``1 - cosine`` between the two projected tokens.
 
     Returns:
         The loss, and its parts as numbers.
     """
-    own = encoder(x)
+    own = encoder(batch.x)
     seen = own
-    if tokens is not None:
-        frozen = reader.project(tokens)
+    if batch.tokens is not None:
+        frozen = reader.project(batch.tokens)
         seen = (1 - alpha) * frozen + alpha * own if alpha < 1 else own
     loss, parts = own.new_zeros(()), {}
-    if settings.language_weight:
-        language = reader.loss(seen, ids, labels)
-        loss, parts["language"] = loss + settings.language_weight * language, language.item()
-    if settings.feature_weight:
+    if language_weight:
+        language = reader.loss(seen, batch.ids, batch.labels)
+        loss, parts["language"] = loss + language_weight * language, language.item()
+    if feature_weight:
         feature = (1 - cosine_similarity(own.float(), frozen.float(), dim=-1)).mean()
-        loss, parts["feature"] = loss + settings.feature_weight * feature, feature.item()
+        loss, parts["feature"] = loss + feature_weight * feature, feature.item()
     return loss, parts

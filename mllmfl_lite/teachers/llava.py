@@ -1,24 +1,12 @@
-"""The frozen models on the server behind one small interface: features, visual tokens, class probabilities::
-
-    clip = load_clip()                               # the bundled stand-in; or ("ViT-L-14", "openai")
-    mllm = load_mllm()                               # the bundled stand-in; or ("llava-hf/llava-1.5-7b-hf")
-    clip.features(images)                            # (N, D), unit length
-    mllm.tokens(images)                              # (N, P, D): what its projector is given
-    clip.class_probabilities(images, names)          # (N, C): zero-shot, from text prompts
-    mllm.class_probabilities(images, names)          # (N, C): likelihood of each name as its answer
-    stored(clip, "features", data, folder)           # computed once, kept on disk
-
-Images are uint8 arrays (N, H, W, 3), or lists of PIL images of any size.
-"""
+"""A multimodal LLM of the LLaVA family on the server: tokens, answers, likelihoods; and its prompts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -26,8 +14,8 @@ from torch.nn.functional import log_softmax
 from mllmfl_lite.data.names import spoken
 from mllmfl_lite.data.pictures import as_pil
 from mllmfl_lite.repro import pick_device, shows_progress
-from mllmfl_lite.stages.records import AnnotationError
-from mllmfl_lite.teachers.base import ASSETS, BUNDLED, Teacher, TeacherError, first_line
+from mllmfl_lite.teachers.base import BUNDLED, Teacher, first_line, folder_settings
+from mllmfl_lite.teachers.prompts import load_prompts
 
 
 class MllmTeacher(Teacher):
@@ -39,11 +27,16 @@ class MllmTeacher(Teacher):
         processor: its processor, with a chat template.
         device: where it runs.
         batch_size: images at a time.
+        settings: see `Teacher`.
     """
 
-    def __init__(self, name, model, processor, device, batch_size: int = 64):
-        super().__init__(name, model, device, batch_size)
+    def __init__(self, name, model, processor, device, batch_size: int = 64, settings: str = ""):
+        super().__init__(name, model, device, batch_size, settings)
         self.processor = processor
+
+    def images_at_once(self, names: Sequence[str]) -> int:
+        """Images in a batch: each is scored with every name."""
+        return max(1, self.batch_size // max(1, len(names)))
 
     def pixels(self, images: Sequence) -> Tensor:
         """Images through the model's own image processor: (N, 3, H, W) in the model's precision."""
@@ -106,7 +99,7 @@ class MllmTeacher(Teacher):
         longest = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows], device=self.device)
         real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows], device=self.device)
-        at_once = max(1, self.batch_size // len(rows))
+        at_once = self.images_at_once(answers)
         with torch.inference_mode():
             parts = [
                 self._score(self.inputs(images[i : i + at_once], [prompt] * len(images[i : i + at_once])), ids, real)
@@ -131,18 +124,16 @@ class MllmTeacher(Teacher):
         return (scores * real.repeat(count, 1)).sum(1).view(count, answers).cpu()
 
     def class_probabilities(self, images: Sequence, names: Sequence[str], prompt: str | None = None) -> Tensor:
-        """The model's distribution over the class names as its answer, float32 (N, C): likelihoods, normalised.
+        """Likelihoods of the class names as the model's answer, normalised: float32 (N, C).
 
         Our reading of "under the supervision of the MLLM": the likelihood of the whole name, its end included.
         """
-        from mllmfl_lite.teachers.llava import load_prompts
-
         prompt = prompt or load_prompts()["class_name"]
         return self.answer_log_likelihoods(images, [spoken(name) for name in names], prompt).softmax(1)
 
 
 def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto", batch_size: int = 64) -> MllmTeacher:
-    """A LLaVA by `AutoModelForImageTextToText.from_pretrained`; code from a model's folder is never run.
+    """Load a LLaVA by transformers, from this machine: nothing is downloaded, code from its folder never runs.
 
     Args:
         name: the bundled stand-in ``"tiny_llava"``, a folder, or a hub name such as ``"llava-hf/llava-1.5-7b-hf"``.
@@ -151,65 +142,73 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
         batch_size: images at a time.
 
     Raises:
-        TeacherError: it is not here and cannot be fetched, is no such model, or asks to run its own code.
+        ValueError: it is not here, is no such model, lacks a setting, or asks to run its own code.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # slow
     from transformers.utils import logging as bars
 
     if not shows_progress():
         bars.disable_progress_bar()
-    name = BUNDLED.get(name, name)
-    refuse_remote_code(name)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16'; got {dtype!r}")
+    name, place = BUNDLED.get(name.strip(), name.strip()), pick_device(device)
+    folder = _find(name)
+    _refuse_code(folder)
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name,
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
             trust_remote_code=False,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
-        raise TeacherError(
-            f"the MLLM {name!r} (parameter `mllm`) cannot be loaded: {first_line(error)}. Give a folder with its "
-            f"config.json and safetensors, or fetch it once on a connected machine with `hf download {name}`"
+        raise ValueError(
+            f"the MLLM {name!r} (setting `mllm`) cannot be loaded: {first_line(error)}. Give a folder with its "
+            f"config.json and safetensors, or fetch it again: hf download {name}"
         ) from error
-    return MllmTeacher(name, model, processor, pick_device(device), batch_size)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"the MLLM {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it again")
+    _require_settings(folder, model, processor)
+    return MllmTeacher(name, model, processor, place, batch_size, folder_settings(folder))
 
 
-def refuse_remote_code(name: str) -> None:
-    """Raise `TeacherError` if a model's folder wants its own Python code to be run."""
-    for file in ("config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        path = Path(name) / file
-        if path.is_file() and "auto_map" in json.loads(path.read_text()):
-            raise TeacherError(
+def _find(name: str) -> Path:
+    """The folder of a model, or of its snapshot in the Hugging Face cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError as error:
+        raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder and no name of the hub ({error})") from error
+    if not isinstance(found, str):
+        raise ValueError(
+            f"the MLLM {name!r} (setting `mllm`) is no folder, and not in the Hugging Face cache; fetch it once on a "
+            f"connected machine: hf download {name}"
+        )
+    return Path(found).parent
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise `ValueError` if a model's folder wants its own Python code to be run."""
+    for path in sorted(folder.glob("*.json")):
+        if b'"auto_map"' in path.read_bytes():
+            raise ValueError(
                 f"{path} asks to run code from its own folder (auto_map); that is refused, whatever the code is. "
                 "Use a model whose class is part of transformers"
             )
 
 
-PROMPTS = ASSETS / "prompts"
-
-
-def load_prompts(folder: str | Path | None = None) -> dict[str, str]:
-    """The prompts of a folder, one text file a kind, ``detailed_description.txt``, ...: edit them, or name another.
-
-    Raises:
-        AnnotationError: no prompt there, or an empty one.
-    """
-    folder = folder or PROMPTS
-    prompts = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(Path(folder).glob("*.txt"))}
-    empty = [kind for kind, prompt in prompts.items() if not prompt]
-    if empty or not prompts:
-        raise AnnotationError(
-            f"{folder} must hold a text file for each kind ({', '.join(KINDS)}), none of them empty; "
-            + (f"empty: {', '.join(empty)}" if empty else "it holds none")
-        )
-    return prompts
-
-
-def prompt_hash(prompt: str) -> str:
-    """The first 16 digits of the prompt's sha256: two records with the same hash answered the same question."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-KINDS = ("conversation", "detailed_description", "complex_reasoning")
+def _require_settings(folder: Path, model, processor) -> None:
+    """Raise `ValueError` if a setting is absent without which the model fails later, inside."""
+    wanted = {
+        "patch_size in processor_config.json": getattr(processor, "patch_size", None),
+        "chat_template (chat_template.jinja, or in processor_config.json)": processor.chat_template,
+        "eos_token_id in generation_config.json": model.generation_config.eos_token_id,
+        "eos_token in tokenizer_config.json": processor.tokenizer.eos_token_id,
+        "image_token_index in config.json": getattr(model.config, "image_token_index", None),
+    }
+    if absent := [key for key, value in wanted.items() if value is None]:
+        raise ValueError(f"{folder} has no {'; no '.join(absent)}; add it, as the model's authors give it")
