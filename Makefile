@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+INSTALLED := .venv/.installed$(if $(NEWEST),-newest)
 PACKAGE := $(shell find mllmfl_lite -type f ! -path '*/__pycache__/*')
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
@@ -24,16 +24,29 @@ export PYTHONWARNINGS := ignore::DeprecationWarning
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-setup: $(INSTALLED)  ## make .venv and install requirements.txt into it
+setup: $(INSTALLED)  ## make .venv with the locked versions (NEWEST=1: the newest of requirements.txt)
 
-$(INSTALLED): requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
 	  "Python 3.10 to 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing requirements.txt into .venv (several GB the first time; minutes)"
+	@echo "installing $(if $(NEWEST),the newest of requirements.txt,requirements.lock) into .venv (several GB at first; minutes)"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -r requirements.txt -e .
-	@touch $@
+	@$(BIN)/python -m pip install --quiet $(if $(NEWEST),--upgrade -r requirements.txt,-r requirements.lock)
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+	@rm -f .venv/.installed* && touch $@
+
+# A pair of torch and torchvision that installs from nothing on a machine without a GPU, tried.
+TORCH := torch==2.14.1 torchvision==0.29.1
+
+lock: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet uv
+	@printf '%s\n' $(TORCH) > .venv/torch.txt
+	@echo "# Exact versions of everything in requirements.txt, for Python 3.10 to 3.13 on Linux and macOS. Made by \`make lock\`." \
+	  > requirements.lock
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
+	  -c .venv/torch.txt requirements.txt >> requirements.lock
+	@touch $(INSTALLED)
 
 book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
 	@echo "open $(CURDIR)/_build/html/index.html"

@@ -1,11 +1,4 @@
-"""What one round costs one client, by the same meter for every method::
-
-    cost = client_cost(method, model, train, own, settings)
-    cost.bytes_up, cost.bytes_down, cost.flops, cost.memory
-
-Nothing is estimated from formulas: the client's own step is run, torch counts its operations, and every tensor that it
-makes is watched until it is freed.
-"""
+"""What one round costs one client, measured on its own step: bytes, operations, memory."""
 
 from __future__ import annotations
 
@@ -22,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.federated.clients import train_client
-from mllmfl_lite.federated.methods import FedAvg, FedSettings, State
+from mllmfl_lite.federated import FedAvg, FedSettings, State, Task, train_client
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import torch_generator
 
@@ -33,11 +25,11 @@ class ClientCost:
     """What a drawn client spends in one round.
 
     Attributes:
-        bytes_up: sent to the server: weights, and what the method sends beside them.
+        bytes_up: sent: weights, and the method's upload.
         bytes_down: received.
-        flops: floating-point operations of its whole step, multiplications and additions counted as two.
-        memory: bytes held at the peak: the model's weights as received and as trained, what training holds beside
-            them, and CLIP's weights where a method needs CLIP. The images are not counted.
+        flops: floating-point operations; a multiplication and an addition are two.
+        memory: bytes at the peak: weights received and trained, what training allocates, and CLIP's weights if the
+            method needs CLIP. Images are not counted.
     """
 
     bytes_up: int
@@ -47,34 +39,35 @@ class ClientCost:
 
 
 def client_cost(
-    method: FedAvg, model: CompactModel, train: ImageSet, own: np.ndarray, settings: FedSettings
+    method: FedAvg, model: CompactModel, train: ImageSet, indices: np.ndarray, settings: FedSettings
 ) -> ClientCost:
-    """Run one client's step under the meter.
+    """Run one client's step and count (torch's counter). One epoch is run and counted `local_epochs` times.
 
-    Training is run for one epoch, and its operations are taken `local_epochs` times. CLIP, where a method asks it, is
-    counted once for each of the client's images: a client that keeps its answers from earlier rounds pays less.
+    A CLIP is counted once for each of the client's images; a client that caches its answers pays less later.
 
     Args:
         method: whose costs.
         model: the global model.
         train: all clients' images.
-        own: the client's indices into `train`.
+        indices: the client's.
         settings: local training.
     """
     model, batches = copy.deepcopy(model), open_batches(train)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    received = method.broadcast(method.init_memory(parameters, torch_generator(settings.seed, "memory")))
-    rows, once = torch.from_numpy(np.ascontiguousarray(own)), replace(settings, local_epochs=1)
+    received = method.broadcast(method.init_server_state(parameters, torch_generator(0, "memory")))
+    rows, once = torch.from_numpy(np.ascontiguousarray(indices)), replace(settings, local_epochs=1)
+    task = Task(state, received, round=1, client=0)
     with PeakMemory() as memory:
         with FlopCounterMode(display=False) as before:
-            beside = method.upload(model, batches, rows, received, torch_generator(settings.seed, "upload", 1, 0))
+            extra = method.upload(model, batches, rows, received, task.generator("upload"))
         with FlopCounterMode(display=False) as epoch:
-            train_client(model, batches, rows, method, once, state, 1, 0)
+            train_client(model, batches, rows, method, once, task)
+    flops = before.get_total_flops() + settings.local_epochs * epoch.get_total_flops()
     return ClientCost(
-        bytes_up=size(state) + size(beside),
+        bytes_up=size(state) + size(extra),
         bytes_down=size(state) + size(received),
-        flops=before.get_total_flops() + settings.local_epochs * epoch.get_total_flops() + method.clip_flops * len(own),
+        flops=flops + method.clip_flops * len(indices),
         memory=2 * size(state) + size(received) + memory.peak + method.clip_bytes,
     )
 
@@ -85,11 +78,7 @@ def size(tensors: State) -> int:
 
 
 class PeakMemory(TorchDispatchMode):
-    """While entered, watches what torch allocates in this thread.
-
-    Attributes:
-        peak: the most bytes held at once of tensors made since it was entered.
-    """
+    """Context that follows what torch allocates in this thread; `peak` is the most bytes held at once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ from mllmfl_lite.stages.align import AlignSettings
 from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 
 BUNDLED_POOL = "cifar10_mini"
-OF_STAGE = {"pretrain": 1, "start": 1, "align": 3}  # settings that one stage alone uses
+# settings that one stage alone uses
+OF_STAGE = {"pretrain": 1, "start": 1, "annotations": 1, "kind": 1, "pixels": 1, "align": 3}
 Precision = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(ge=1, le=100_000)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -88,9 +88,10 @@ class TransformersBackend:
                 except ValueError as error:
                     yield question, Answer(refusal=str(error))
             if asked:
-                yield from zip(asked, self._generate(images, [q.prompt for q in asked]), strict=True)
+                yield from zip(asked, self.answer(images, [q.prompt for q in asked]), strict=True)
 
-    def _generate(self, images: list[Image.Image], prompts: list[str]) -> list[Answer]:
+    def answer(self, images: Sequence, prompts: Sequence[str]) -> list[Answer]:
+        """One answer for each image and prompt, as one batch."""
         inputs = self.teacher.inputs(images, prompts)
         tokenizer = self.teacher.processor.tokenizer
         ends = self.teacher.model.generation_config.eos_token_id

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from PIL import Image
 
+from mllmfl_lite.data.pictures import as_pil
 from mllmfl_lite.stages.backends import Answer, Open, Question, without_thinking
 
 FAILURES = 5  # requests in a row that fail on the server's side before the run stops
@@ -70,6 +71,12 @@ class EndpointBackend:
                     yield from self._collect(running)
             while running:
                 yield from self._collect(running)
+
+    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Answer]:
+        """One answer for each image and prompt."""
+        questions = [[Question(str(i), "", prompt)] for i, prompt in enumerate(prompts)]
+        found = {q.id: answer for q, answer in self.answers(questions, lambda name: as_pil(images[int(name)]))}
+        return [found[str(i)] for i in range(len(prompts))]
 
     def _collect(self, running: dict[Future, Question]) -> Iterator[tuple[Question, Answer]]:
         """Yield what has come. If the run must stop, answers that are under way are still yielded first."""

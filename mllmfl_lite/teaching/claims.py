@@ -1,10 +1,4 @@
-"""What can be said of a 32 x 32 picture from its class and its pixels: the sentences that the stand-ins learned from.
-
-Two halves that meet in `Facts`. `look` computes facts from pixels (main colour, background, light, size); `write` turns
-a class name and facts into text of one kind; `read_claims` goes back from any text to the facts and objects that it
-claims, so that a model's text can be held against the picture. Real models need none of this: it exists because
-no description of these images exists, and because claims about colour can be checked without a human.
-"""
+"""What texts about CIFAR images claim, and what the pixels say, so that one can be held against the other."""
 
 from __future__ import annotations
 

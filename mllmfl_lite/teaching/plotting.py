@@ -106,15 +106,32 @@ def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes
     return ax
 
 
+def style_of(method: str) -> tuple[str, str, str]:
+    """Label, colour and marker of a method; an unknown one is drawn in black."""
+    return METHOD_STYLES.get(method, (method, "#000000", "."))
+
+
+def band(ax: Axes, runs: Sequence[Sequence[dict]], style: tuple[str, str, str]) -> None:
+    """Test accuracy over rounds: mean and range over the runs, over the rounds that all of them tested.
+
+    Args:
+        ax: where to draw.
+        runs: one history a seed.
+        style: label, colour, marker.
+    """
+    tested = [{r["round"]: 100 * r["metrics"]["top1"] for r in history if r["metrics"]} for history in runs]
+    rounds = sorted(set.intersection(*map(set, tested)))
+    top1 = np.array([[run[r] for r in rounds] for run in tested])
+    label, colour, marker = style
+    ax.plot(rounds, top1.mean(0), color=colour, marker=marker, markersize=5, label=label)
+    ax.fill_between(rounds, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
 def learning_curves(runs: dict[str, list[list[dict]]], title: str, ax: Axes | None = None) -> Axes:
-    """Test accuracy over rounds: for each method the histories of its seeds, drawn as mean and min-max band."""
+    """Test accuracy over rounds, a `band` for each method and the histories of its seeds."""
     ax = ax or plt.subplots()[1]
     for method, histories in runs.items():
-        label, colour, marker = METHOD_STYLES[method]
-        rounds = [record["round"] for record in histories[0] if record["metrics"]]
-        top1 = 100 * np.array([[r["metrics"]["top1"] for r in history if r["metrics"]] for history in histories])
-        ax.plot(rounds, top1.mean(0), color=colour, marker=marker, markersize=5, label=label)
-        ax.fill_between(rounds, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
+        band(ax, histories, style_of(method))
     ax.set(title=title, xlabel="communication round", ylabel="test accuracy (%)")
     ax.legend()
     return ax

@@ -1,4 +1,4 @@
-"""What chapters need beside the method: questions that answer back, and small tables."""
+"""Small tables, galleries and questions for chapters."""
 
 from __future__ import annotations
 
@@ -39,8 +39,15 @@ class Table:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
     def _repr_markdown_(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        header, *rows = [[_cell(cell) for cell in line] for line in (self.header, *self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def _cell(text: str) -> str:
+    """A cell of a Markdown table: no line breaks, and nothing that could become a tag or a link."""
+    flat = " ".join(str(text).split(" ")).replace("\n", " ").replace("\r", " ")
+    escaped = "".join(f"&#{ord(c)};" if c in "<>[]`\\" else c for c in flat if c == "\u00a0" or c.isprintable())
+    return escaped.replace("|", "\\|")
 
 
 def percent(mean: float | None, spread: float | None = None) -> str:
