@@ -30,7 +30,8 @@ from mllmfl_lite.standins.recipe import (
 from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.teachers.base import TINY_CLIP, TINY_LLAVA
-from mllmfl_lite.teachers.llava import KINDS, load_mllm, load_prompts
+from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.teachers.prompts import KINDS, load_prompts
 from mllmfl_lite.teaching.claims import look, names_class
 
 SEED = 0

@@ -18,7 +18,8 @@ from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.teachers.base import ASSETS, BUNDLED
 from mllmfl_lite.teachers.clip import load_clip
-from mllmfl_lite.teachers.llava import KINDS, load_mllm
+from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.teachers.prompts import KINDS
 from mllmfl_lite.teaching.claims import look, names_class, objects_in, read_claims
 
 FIGURES, CARDS = ASSETS / "standins.json", Path(__file__).parent / "cards"

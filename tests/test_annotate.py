@@ -28,7 +28,8 @@ from mllmfl_lite.stages.backends import Answer, TransformersBackend
 from mllmfl_lite.stages.filters import filter_records, is_cut_off, is_empty, is_looping
 from mllmfl_lite.stages.llava_format import check_llava, from_llava, to_llava
 from mllmfl_lite.stages.records import AnnotationError, Record, read_records
-from mllmfl_lite.teachers.llava import KINDS, load_mllm, load_prompts, prompt_hash
+from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
 
 
 class Parrot:

@@ -10,7 +10,7 @@ from mllmfl_lite.standins.words import KNOWLEDGE, write
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken, words_for
-from mllmfl_lite.teachers.llava import KINDS
+from mllmfl_lite.teachers.prompts import KINDS
 from mllmfl_lite.teaching.claims import COLOURS, Facts, look, name_colours, names_class, objects_in, read_claims
 
 CLASSES = (*CIFAR10_CLASSES, *SUPERCLASS_OF)

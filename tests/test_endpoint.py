@@ -21,7 +21,8 @@ from mllmfl_lite.stages.annotate import annotate, main
 from mllmfl_lite.stages.backends import EndpointBackend, TransformersBackend
 from mllmfl_lite.stages.records import AnnotationError, read_records
 from mllmfl_lite.teachers.base import TINY_LLAVA
-from mllmfl_lite.teachers.llava import load_mllm, load_prompts
+from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.teachers.prompts import load_prompts
 
 KEY = "sk-not-to-be-found-anywhere"
 

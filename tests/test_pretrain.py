@@ -27,7 +27,8 @@ from mllmfl_lite.stages.pretrain import PretrainDiverged, PretrainSettings, pret
 from mllmfl_lite.stages.records import AnnotationError, bundled_annotations, read_records
 from mllmfl_lite.stages.texts import read_texts
 from mllmfl_lite.stages.views import ArrayViews, PictureViews, random_part
-from mllmfl_lite.teachers.llava import load_mllm, load_prompts
+from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.teachers.prompts import load_prompts
 
 COUNT = 12
 

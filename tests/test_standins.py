@@ -31,7 +31,7 @@ from mllmfl_lite.data import load_images
 from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator
-from mllmfl_lite.teachers.llava import KINDS, load_prompts
+from mllmfl_lite.teachers.prompts import KINDS, load_prompts
 from mllmfl_lite.teaching.claims import look
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -19,7 +19,8 @@ from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.teachers.answers import stored
 from mllmfl_lite.teachers.base import ASSETS, TINY_CLIP, TINY_LLAVA, TeacherError
 from mllmfl_lite.teachers.clip import ClipTeacher, load_clip
-from mllmfl_lite.teachers.llava import load_mllm, load_prompts, refuse_remote_code
+from mllmfl_lite.teachers.llava import load_mllm, refuse_remote_code
+from mllmfl_lite.teachers.prompts import load_prompts
 from mllmfl_lite.teaching.claims import names_class
 
 

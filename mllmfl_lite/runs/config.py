@@ -90,13 +90,12 @@ class Experiment:
                 f"federated.clients_per_round is {self.federated.clients_per_round}, but num_clients is "
                 f"{self.num_clients}; draw at most as many as there are"
             )
-        for stage, name, default in (
-            (1, "pretrain", PretrainSettings()),
-            (1, "start", ""),
-            (3, "align", AlignSettings()),
-        ):
-            if stage not in stages and getattr(self, name) != default:
-                problems.append(f"{name} has no effect without stage {stage}; add {stage} to stages, or leave it out")
+        defaults = {f.name: f.default for f in fields(type(self))}  # type: ignore[arg-type]
+        problems += [
+            f"{name} has no effect without stage {stage}; add {stage} to stages, or leave {name} out"
+            for name, stage in OF_STAGE.items()
+            if stage not in stages and getattr(self, name) != defaults[name]
+        ]
         if 3 in stages and self.align.when == "each round" and (self.method != "fedavg" or 2 not in stages):
             problems.append("align.when is 'each round', which is a server step of 'fedavg' in stage 2; use 'end'")
         if {1, 3} & set(stages) and "web" not in PARTS.get(self.pool, ("web",)):
@@ -110,9 +109,7 @@ class Experiment:
         if self.annotations not in ("bundled", "new") and not self.annotations.endswith(".jsonl"):
             return [f"annotations must be 'bundled', 'new' or a .jsonl file; got {self.annotations!r}"]
         if self.annotations == "bundled" and self.pool != BUNDLED_POOL:
-            return [
-                f"the bundled annotations describe the pool {BUNDLED_POOL!r}; set annotations to 'new', or pool back"
-            ]
+            return [f"the bundled annotations describe the pool {BUNDLED_POOL!r}; set annotations to 'new'"]
         return []
 
 
@@ -129,13 +126,7 @@ def experiment_of(values: dict[str, Any]) -> Experiment:
     given = {key: value for key, value in values.items() if key in known}
     stages = given.get("stages", (2,))
     if isinstance(stages, (list, tuple)):
-        off = {
-            name
-            for stage, names in ((1, ("pretrain", "start")), (3, ("align",)))
-            if stage not in stages
-            for name in names
-        }
-        given = {key: value for key, value in given.items() if key not in off}
+        given = {key: value for key, value in given.items() if OF_STAGE.get(key, 2) in {2, *stages}}
     return Experiment(**given)
 
 

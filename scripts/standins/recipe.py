@@ -25,7 +25,7 @@ from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.names import with_article, words_for
 from mllmfl_lite.repro import numpy_generator, progress_bar, stable_seed, torch_generator
-from mllmfl_lite.teachers.llava import KINDS
+from mllmfl_lite.teachers.prompts import KINDS
 from mllmfl_lite.teaching.claims import Facts
 
 PAD, IMAGE, BEGIN, END = "<pad>", "<image>", "<s>", "</s>"
@@ -557,7 +557,7 @@ def new_llava(tower, tokenizer, seed: int, language: dict = LANGUAGE_CONFIG):
 
 def all_prompts() -> dict[str, tuple[str, ...]]:
     """Every way to ask for each kind of text, the bundled prompt first."""
-    from mllmfl_lite.teachers.llava import load_prompts
+    from mllmfl_lite.teachers.prompts import load_prompts
 
     bundled = load_prompts()
     return {kind: (*([bundled[kind]] if kind in bundled else []), *others) for kind, others in OTHER_PROMPTS.items()}
