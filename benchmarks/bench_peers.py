@@ -28,8 +28,7 @@ from bench_rounds import CLIENTS, CORES, IMAGES, work
 from torch.profiler import ProfilerActivity, profile
 
 from mllmfl_lite.data.batches import Batches
-from mllmfl_lite.federated.clients import train_client
-from mllmfl_lite.federated.methods import FedAvg
+from mllmfl_lite.federated import FedAvg, Task, train_client
 
 HERE = Path(__file__).resolve().parent
 OURS = "ours"
@@ -218,7 +217,7 @@ def floor(width):
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for client, own in enumerate(split):
-            train_client(model, batches, torch.as_tensor(own), FedAvg(), settings, anchor, 1, client)
+            train_client(model, batches, torch.as_tensor(own), FedAvg(), settings, Task(anchor, {}, 1, client))
     torch.set_num_threads(threads)
     convolutions = [e for e in profiled.key_averages() if e.key.startswith("aten::") and "conv" in e.key]
     return sum(event.self_cpu_time_total for event in convolutions) / 1e6 / CORES

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
+from mllmfl_lite.stages.pretrain import pretrain
+from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import ArrayViews
+from mllmfl_lite.stages.views import Views
 from mllmfl_lite.teachers.llava import load_mllm
 
 PICTURES = 320
@@ -40,15 +40,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    torch.set_num_threads(count_cores())
+    torch.set_num_threads(1)
     web, mllm = load_images("cifar10_mini", "web"), load_mllm(device="cpu", dtype="float32")
-    some, ids = web.subset(np.arange(PICTURES)), array_source(web).ids[:PICTURES]
+    some, ids = web.subset(np.arange(PICTURES)), web.ids[:PICTURES]
     records = [r for r in bundled_annotations() if r.kind == "detailed_description" and int(r.id) < PICTURES]
     texts = read_texts(records, ids, mllm)
     words = PretrainSettings(epochs=1, batch_size=16, schedule="linear", ramp=1.0)
     without = replace(words, language_weight=0.0, feature_weight=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        stored, live = ArrayViews(some, mllm, folder), ArrayViews(some, mllm)
+        stored, live = Views(some, mllm, folder), Views(some, mllm)
         everything = np.arange(PICTURES)
         stored.tokens(everything)
         work = {
@@ -61,7 +61,7 @@ def main():
         }
 
         def train(views, settings):
-            pretrain(build_model("resnet8", 10, 16), mllm, views, texts, settings, device="cpu")
+            pretrain(build_model("resnet8", 10, 16), mllm, views, texts, settings)
 
         took = {name: [] for name in work}
         for repeat in range(repeats + 1):

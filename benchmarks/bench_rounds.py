@@ -5,7 +5,7 @@
 One round of FedAvg, the same clients and images for all. *Engine*: `mllmfl_lite.federated`, one worker a core.
 *Ordinary*: one PIL pipeline an image, a DataLoader, a deep copy of the model a client; with one torch thread, and with
 torch's default. Timings on shared machines are noisy, so every repeat runs all variants, and ratios are taken within a
-repeat.
+repeat. All is measured twice: on the machine as it is, and beside a process that keeps one core busy.
 """
 
 import argparse
@@ -25,10 +25,9 @@ from torchvision.transforms import v2
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.batches import CHANNEL_MEAN, CHANNEL_STD
 from mllmfl_lite.data.partition import iid
-from mllmfl_lite.federated.methods import FedAvg, FedSettings, weighted_mean
-from mllmfl_lite.federated.rounds import run_federated
+from mllmfl_lite.federated import Federation, FedSettings, run_federated, weighted_mean
 from mllmfl_lite.models import build_model
-from mllmfl_lite.repro import count_cores
+from mllmfl_lite.repro import Execution, count_cores
 
 CLIENTS = 8
 IMAGES = {16: 200, 64: 48}  # images a client, by width: seconds a variant
@@ -97,7 +96,8 @@ def run(variant, width, workers=None):
     started = time.perf_counter()
     if variant == "engine":
         # one test image: both sides are timed on training and averaging
-        state = run_federated(model, data, split, data.subset(slice(0, 1)), FedAvg(), settings, workers=workers).state
+        federation = Federation(data, split, data.subset(slice(0, 1)))
+        state = run_federated(model, federation, None, settings, 0, Execution(device="cpu", workers=workers)).state
     else:
         state = ordinary_round(model, data, split, settings)
     return time.perf_counter() - started, state
@@ -140,17 +140,26 @@ def memory_of_one_round(variant, width):
     return high_water_mark() - before
 
 
-def report(width, repeats):
+def report(width, repeats, busy):
     for variant in VARIANTS:
         run(variant, width)  # warm up
     seconds = {variant: [] for variant in VARIANTS}
     peaks = []
-    for _ in range(repeats):
-        peaks.append(matmul_peak())
-        for variant in VARIANTS:
-            seconds[variant].append(run(variant, width)[0])
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        for _ in range(repeats):
+            peaks.append(matmul_peak())
+            for variant in VARIANTS:
+                seconds[variant].append(run(variant, width)[0])
+    finally:
+        if other:
+            other.kill()
+            other.wait()
     images, flops = CLIENTS * IMAGES[width], flops_per_image(width)
-    print(f"\nResNet-8, width {width}: {images} images a round, {flops / 1e6:.0f} MFLOP an image, {CORES} cores")
+    print(
+        f"\nResNet-8, width {width}: {images} images a round, {flops / 1e6:.0f} MFLOP an image, {CORES} cores"
+        + ", one of them busy" * busy
+    )
     print(f"{'variant':27s} {'images/s':>9s} {'engine is faster by':>22s} {'of matmul peak':>15s} {'memory':>8s}")
     for variant, times in seconds.items():
         rate = images / statistics.median(times)
@@ -173,7 +182,8 @@ def main():
     if args.memory:
         print(memory_of_one_round(args.memory, args.width))
         return 0
-    return 0 if all([report(width, args.repeats) for width in IMAGES]) else "the number of workers changed a result"
+    reports = [report(width, args.repeats, busy) for busy in (False, True) for width in IMAGES]
+    return 0 if all(reports) else "the number of workers changed a result"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.repro import write_atomically
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import TransformersBackend
@@ -32,12 +33,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEB_ANNOTATIONS)
     args = parser.parse_args()
 
-    source = array_source(load_images("cifar10_mini", "web")).first(args.first)
+    web = load_images("cifar10_mini", "web")
+    pool = web.subset(np.arange(min(args.first or len(web), len(web))))
     backend = TransformersBackend(load_mllm(device="cpu", dtype="float32", batch_size=60), max_new_tokens=64)
     journal = args.out.with_suffix(".jsonl")
-    summary = annotate(source, backend, journal, tell=print)
+    summary = annotate(pool, backend, journal, tell=print)
     write_atomically(args.out, pack(summary.records))
-    for left in (journal, Path(f"{journal}.lock")):
+    for left in (journal, Path(f"{journal}.lock"), journal.with_suffix(".rejected.json")):
         left.unlink(missing_ok=True)
     print(f"{len(summary.records)} records in {summary.seconds:.0f} s: {args.out}, {args.out.stat().st_size:,} bytes")
 

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import multiprocessing
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,18 +19,18 @@ from mllmfl_lite.data import load_images
 from mllmfl_lite.data.longtail import long_tail_subset
 from mllmfl_lite.data.metrics import evaluate_model
 from mllmfl_lite.data.partition import split_clients
-from mllmfl_lite.federated.methods import FedSettings
-from mllmfl_lite.federated.rounds import run_federated
-from mllmfl_lite.repro import count_cores
-from mllmfl_lite.runs.experiment import OWN_WEIGHTS, Experiment, load_pool, load_teacher
-from mllmfl_lite.runs.results import RESULTS
+from mllmfl_lite.federated import Federation, FedSettings, run_federated
+from mllmfl_lite.models import build_model, load_model, with_head
+from mllmfl_lite.repro import Execution, count_cores
+from mllmfl_lite.runs import Experiment, load_pool, load_teacher
 from mllmfl_lite.stages.align import AlignSettings, align
 from mllmfl_lite.stages.server_set import draw_server_set
 from mllmfl_lite.teachers.answers import ask_teacher
 
 SEED = 7
-ROUNDS = FedSettings(rounds=20, clients_per_round=4, local_epochs=2, eval_every=100, report_rounds=1, seed=SEED)
-TOLD = RESULTS / "laptop" / "told"
+ROUNDS = FedSettings(rounds=20, clients_per_round=4, local_epochs=2, eval_every=100, report_rounds=1)
+RESULTS = Path(__file__).parent.parent / "results"
+ANSWERS = RESULTS / "laptop" / "answers"
 GRID = {
     "teacher": ("mllm", "clip"),
     "per_class": (40, 60, 100),
@@ -52,9 +53,9 @@ def world():
 def federated(start):
     torch.set_num_threads(1)
     train, split, held = world()
-    weights = str(OWN_WEIGHTS / f"{start}_seed0.safetensors") if start else ""
-    model = Experiment(width=16, settings=ROUNDS, start=weights).build_model(10)
-    run = run_federated(model, train, split, held, settings=ROUNDS, workers=1)
+    weights = RESULTS / "laptop" / "pretraining" / f"{start}_seed0.safetensors"
+    model = with_head(load_model(weights), 10, SEED) if start else build_model("resnet8", 10, 16, SEED)
+    run = run_federated(model, Federation(train, split, held), None, ROUNDS, SEED, Execution(device="cpu", workers=1))
     print(f"{start or 'random'}: before alignment {100 * run.history[-1]['metrics']['top1']:.1f} %", flush=True)
     return start, run.deployed
 
@@ -63,13 +64,13 @@ def tried(job):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start, state, numbers = job
-    settings = AlignSettings(**numbers, seed=SEED)
+    settings = AlignSettings(**numbers)
     train, _, held = world()
-    experiment = Experiment(width=16, align=settings)
-    pool, model = load_pool(experiment), experiment.build_model(10)
-    told = ask_teacher(load_teacher(experiment, "cpu"), pool, train.names, TOLD)
+    experiment = Experiment(width=16, stages=(2, 3), align=settings)
+    pool, model = load_pool(experiment), build_model("resnet8", 10, 16)
+    answers = ask_teacher(load_teacher(experiment, pool, "cpu"), pool, train.names, ANSWERS)
     model.load_state_dict(state)
-    done = align(model, draw_server_set(pool, told, train.names, settings.per_class), settings)
+    done = align(model, draw_server_set(pool, answers, train.names, settings.per_class), settings, SEED)
     return start, numbers, evaluate_model(done.model, held, train.class_counts())
 
 

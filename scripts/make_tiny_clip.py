@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from mllmfl_lite.standins.recipe import (
+from standins.recipe import (
     Schedule,
     corpus,
     new_clip,

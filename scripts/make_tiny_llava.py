@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mllmfl_lite.standins.recipe import (
+from standins.recipe import (
     STAGES,
     Lessons,
     Schedule,
@@ -27,7 +27,6 @@ from mllmfl_lite.standins.recipe import (
     train_tower,
 )
 
-from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.teachers.base import TINY_CLIP, TINY_LLAVA
 from mllmfl_lite.teachers.llava import load_mllm
@@ -92,12 +91,8 @@ def main() -> None:
 
 def report(folder: str, watched) -> None:
     backend = TransformersBackend(load_mllm(folder, device="cpu", batch_size=250), 64)
-    source, prompt = array_source(watched.subset(np.arange(500))), load_prompts()["detailed_description"]
-    answers = [
-        answer
-        for i in range(0, 500, 250)
-        for answer in backend.answer([source.open(k) for k in source.ids[i : i + 250]], [prompt] * 250)
-    ]
+    few, prompt = watched.subset(np.arange(500)), load_prompts()["detailed_description"]
+    answers = [answer for i in range(0, 500, 250) for answer in backend.answer(few.images[i : i + 250], [prompt] * 250)]
     hits = np.mean(
         [names_class(a.text, watched.names[label]) for a, label in zip(answers, watched.labels, strict=False)]
     )

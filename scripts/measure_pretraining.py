@@ -17,19 +17,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.data.longtail import few_labels
-from mllmfl_lite.measure.transfer import best, embed, finetune, linear_probe
+from mllmfl_lite.measure.transfer import FINETUNING, best, embed, finetune, linear_probe
 from mllmfl_lite.models import build_model, save_model, with_head
-from mllmfl_lite.repro import count_cores
-from mllmfl_lite.runs.results import RESULTS, provenance, save_result
-from mllmfl_lite.stages.mixture import CompactEncoder, FrozenReader, mixed_loss
-from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
+from mllmfl_lite.repro import Execution, count_cores
+from mllmfl_lite.runs.results import provenance, save_result
+from mllmfl_lite.stages.mixture import CompactEncoder, FrozenReader, TextBatch, mixed_loss
+from mllmfl_lite.stages.pretrain import pretrain
+from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import ArrayViews
+from mllmfl_lite.stages.views import Views
 from mllmfl_lite.teachers.llava import load_mllm
 
+RESULTS = Path(__file__).parent.parent / "results"
 KIND = "detailed_description"
 SETTINGS = PretrainSettings()
 FEATURES = {"language_weight": 0.0, "feature_weight": 1.0, "schedule": "constant"}
@@ -55,7 +56,9 @@ def operations(settings, mllm, views, texts):
     images = texts.image[rows]
     x, tokens = views.compact(images, None), views.tokens(images)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = mixed_loss(encoder, FrozenReader(mllm), 0.5, x, tokens, *texts.tokens(rows, 128), settings)
+        batch = TextBatch(x, tokens, *texts.tokens(rows, 128))
+        weights = settings.language_weight, settings.feature_weight
+        loss, _ = mixed_loss(encoder, FrozenReader(mllm), 0.5, batch, *weights)
         loss.backward()
     return counter.get_total_flops() / len(rows)
 
@@ -68,24 +71,28 @@ def measure(condition, seed, out):
     web, train, test = (load_images("cifar10_mini", part) for part in ("web", "train", "test"))
     mllm = load_mllm(device="cpu", dtype="float32")
     records = [record for record in bundled_annotations() if record.kind == KIND]
-    texts = read_texts(records, array_source(web).ids, mllm)
-    views = ArrayViews(web, mllm, out / "checkpoints" / "features")
+    texts = read_texts(records, web.ids, mllm)
+    views = Views(web, mllm, out / "checkpoints" / "features")
     model, result = build_model("resnet8", 10, WIDTH, seed), {"pretraining": None}
     if CONDITIONS[condition] is not None:
-        settings = replace(SETTINGS, **CONDITIONS[condition], seed=seed)
+        settings = replace(SETTINGS, **CONDITIONS[condition])
         mine, full = operations(settings, mllm, views, texts), operations(SETTINGS, mllm, views, texts)
         settings = replace(settings, epochs=round(settings.epochs * full / mine))
         given = texts.shuffled(seed) if condition == "shuffled" else texts
-        done = pretrain(model, mllm, views, given, settings, folder=out / "checkpoints" / path.stem, device="cpu")
+        done = pretrain(model, mllm, views, given, settings, seed, Execution(out / "checkpoints" / path.stem, "cpu"))
         model = done.model
         if condition in KEPT:
             save_model(path.with_suffix(".safetensors"), model, "resnet8", WIDTH)
-        result["pretraining"] = {**asdict(settings), "teraflops": round(mine * settings.epochs * len(texts) / 1e12, 2)}
+        result["pretraining"] = {
+            **asdict(settings),
+            "seed": seed,
+            "teraflops": round(mine * settings.epochs * len(texts) / 1e12, 2),
+        }
         result["seconds"] = round(done.seconds, 1)
         result["history"] = done.history[:: max(1, len(done.history) // 100)]
     guess = linear_probe(embed(model, train), torch.from_numpy(train.labels.copy()), embed(model, test), 10)
     labelled = few_labels(train.labels, 10, LABELS, seed)
-    tuned = finetune(with_head(model, 10, seed), train, labelled, test, eval_every=3, seed=seed)
+    tuned = finetune(with_head(model, 10, seed), train, labelled, test, replace(FINETUNING, eval_every=3), seed)
     save_result(
         path,
         {

@@ -12,6 +12,7 @@ too. Files that are there are kept.
 
 import argparse
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,18 @@ import torch
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.longtail import few_labels
-from mllmfl_lite.measure.transfer import best, finetune
+from mllmfl_lite.measure.transfer import FINETUNING, best, finetune
 from mllmfl_lite.models import build_model, load_model, with_head
-from mllmfl_lite.repro import count_cores
-from mllmfl_lite.runs.results import RESULTS, provenance, save_result
+from mllmfl_lite.repro import Execution, count_cores
+from mllmfl_lite.runs.results import provenance, save_result
 
+RESULTS = Path(__file__).parent.parent / "results"
 PRETRAINED = RESULTS / "laptop" / "pretraining"
 RATES = {"pretrained": 0.1, "random": 0.1, "features": 0.1}
 WEIGHTS = {"pretrained": "dwp_linear", "features": "features"}  # the control: distilled features, no words
 TRIED = (0.02, 0.05, 0.1, 0.2)
-EPOCHS, EVAL_EVERY, WIDTH = 30, 3, 16
+EPOCHS, WIDTH = 30, 16
+NUMBERS = replace(FINETUNING, rounds=EPOCHS, eval_every=3)
 
 
 def unseen(dataset):
@@ -58,10 +61,8 @@ def measure(dataset, share, start, seed, out):
     train, test = unseen(dataset), load_images(dataset, "test")
     labelled = few_labels(train.labels, train.num_classes, share, seed)
     model = model_for(start, train.num_classes, seed)
-    run = finetune(
-        model, train, labelled, test, epochs=EPOCHS, lr=RATES[start], eval_every=EVAL_EVERY, seed=seed,
-        folder=out / "checkpoints" / path.stem, label=path.stem,
-    )  # fmt: skip
+    execution = Execution(out / "checkpoints" / path.stem, "cpu", label=path.stem)
+    run = finetune(model, train, labelled, test, replace(NUMBERS, lr=RATES[start]), seed, execution)
     save_result(
         path,
         {
@@ -85,7 +86,7 @@ def choose(dataset, share, start, lr):
     others = np.setdiff1d(np.arange(len(train)), labelled)
     watched = train.subset(np.random.default_rng(7).permutation(others)[:2000])
     model = with_head(model_for(start, train.num_classes, 0), train.num_classes, 7)
-    run = finetune(model, train, labelled, watched, epochs=EPOCHS, lr=lr, eval_every=EVAL_EVERY, seed=7)
+    run = finetune(model, train, labelled, watched, replace(NUMBERS, lr=lr), 7)
     print(f"{dataset} {share:.0%} {start} lr {lr}: best {100 * best(run.history):.1f} %", flush=True)
 
 

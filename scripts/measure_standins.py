@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.folders import array_source
 from mllmfl_lite.repro import write_atomically, write_json
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import TransformersBackend
@@ -26,16 +25,16 @@ FIGURES, CARDS = ASSETS / "standins.json", Path(__file__).parent / "cards"
 
 
 def measure_clip(test) -> dict:
-    chances = load_clip(device="cpu").class_probabilities(test.images, test.names)
-    return {"zero-shot accuracy over the ten classes": float((chances.argmax(1).numpy() == test.labels).mean())}
+    scores = load_clip(device="cpu").class_probabilities(test.images, test.names)
+    return {"zero-shot accuracy over the ten classes": float((scores.argmax(1).numpy() == test.labels).mean())}
 
 
 def measure_llava(test) -> dict:
-    teacher, source = load_mllm(device="cpu", batch_size=250), array_source(test)
+    teacher = load_mllm(device="cpu", batch_size=250)
     with tempfile.TemporaryDirectory() as folder:
-        records = annotate(source, TransformersBackend(teacher, 64), Path(folder) / "test.jsonl").records
-    name = {i: test.names[label] for i, label in zip(source.ids, test.labels, strict=True)}
-    facts = dict(zip(source.ids, look(test.images), strict=True))
+        records = annotate(test, TransformersBackend(teacher, 64), Path(folder) / "test.jsonl").records
+    name = {i: test.names[label] for i, label in zip(test.ids, test.labels, strict=True)}
+    facts = dict(zip(test.ids, look(test.images), strict=True))
     out = {}
     for kind in KINDS:
         of_kind = [r for r in records if r.kind == kind]
@@ -47,8 +46,8 @@ def measure_llava(test) -> dict:
     for about in ("colour", "background"):
         said = [(read_claims(r.text).get(about), getattr(facts[r.id], about)) for r in records]
         out[f"claims about {about} right"] = float(np.mean([claim == {fact} for claim, fact in said if claim]))
-    chances = teacher.class_probabilities(test.images, test.names)
-    out["class by the likelihood of its name"] = float((chances.argmax(1).numpy() == test.labels).mean())
+    scores = teacher.class_probabilities(test.images, test.names)
+    out["class by the likelihood of its name"] = float((scores.argmax(1).numpy() == test.labels).mean())
     return out
 
 

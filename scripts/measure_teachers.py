@@ -13,18 +13,18 @@ import numpy as np
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion
-from mllmfl_lite.runs.experiment import Experiment
-from mllmfl_lite.runs.results import RESULTS, provenance, save_result
+from mllmfl_lite.runs import Experiment, load_federation, provenance, save_result
 from mllmfl_lite.teachers import load_zero_shot
 from mllmfl_lite.teachers.llava import load_mllm
 
+RESULTS = Path(__file__).parent.parent / "results"
 TEACHERS = {"tiny_clip": load_zero_shot, "tiny_llava": load_mllm, "efficientnet_lite2": load_zero_shot}
 
 
 def measure(name: str) -> dict:
     """Accuracy, in all, by class and by the clients' groups, and how often each class is named."""
     test, teacher = load_images("cifar10_mini", "test"), TEACHERS[name](name, device="cpu")
-    clients = Experiment("cifar10_mini", num_clients=10).clients()[0]
+    clients = load_federation(Experiment("cifar10_mini", num_clients=10)).train
     named = teacher.class_probabilities(test.images, test.names).argmax(1).numpy()
     confusion = confusion_matrix(test.labels, named, test.num_classes)
     metrics = metrics_from_confusion(confusion, class_groups(clients.class_counts())).as_dict()

@@ -8,12 +8,12 @@ Nothing is typed by hand: a cell is what files say, or empty, and then the page 
 from pathlib import Path
 
 import numpy as np
-from write_runs import BENCHMARKS, METHODS, methods_of
-
 from mllmfl_lite.runs.experiment import finished
 from mllmfl_lite.runs.launch import Run, find_files, own_seconds, read_runs
 from mllmfl_lite.runs.memory import GIB
 from mllmfl_lite.runs.needs import Need, needs
+from write_runs import BENCHMARKS, METHODS, methods_of
+
 from mllmfl_lite.runs.plan import MACHINES, in_words, make_plan
 from mllmfl_lite.runs.results import mean_and_spread, reported
 from mllmfl_lite.teaching.tables import percent

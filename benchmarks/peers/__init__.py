@@ -23,7 +23,7 @@ class PlainBatches(Batches):
     def plain(self, indices):
         return super().plain(indices).double()
 
-    def cut(self, indices, chances):
+    def _crop(self, indices, drawn):
         return self.plain(indices)
 
 
@@ -39,7 +39,7 @@ def job(width, rounds, equal):
 
 def epoch_order(own, settings, round_, client):
     """A client's images in the order in which `train_client` shows them, and the generator that drew it."""
-    generator = torch_generator(settings.seed, "batches", round_, client, 0)
+    generator = torch_generator(0, "batches", round_, client, 0)
     return torch.as_tensor(own)[torch.randperm(len(own), generator=generator)], generator
 
 

@@ -7,14 +7,14 @@ from unittest import mock
 
 from bench_rounds import ordinary_round, shuffled
 
-from mllmfl_lite import federated
+from mllmfl_lite.federated import Federation, rounds, run_federated
 from peers import batches_of, in_order, job
 
 
-def engine(width, rounds, equal):
-    model, data, split, settings = job(width, rounds, equal)
-    with mock.patch.object(federated, "open_batches", lambda data, _: batches_of(data, equal)):
-        result = federated.run_federated(model, data, split, data.subset(slice(0, 1)), federated.FedAvg(), settings)
+def engine(width, count, equal):
+    model, data, split, settings = job(width, count, equal)
+    with mock.patch.object(rounds, "open_batches", lambda data, _: batches_of(data, equal)):
+        result = run_federated(model, Federation(data, split, data.subset(slice(0, 1))), None, settings)
     seconds = [record["seconds"] for record in result.history]
     started = time.monotonic() - sum(seconds)
     return list(itertools.accumulate(seconds, initial=started)), result.state

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mllmfl_lite.standins.words import write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -25,8 +24,10 @@ from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.names import with_article, words_for
 from mllmfl_lite.repro import numpy_generator, progress_bar, stable_seed, torch_generator
+from mllmfl_lite.teachers.clip import TEMPLATES
 from mllmfl_lite.teachers.prompts import KINDS
 from mllmfl_lite.teaching.claims import Facts
+from standins.words import write
 
 PAD, IMAGE, BEGIN, END = "<pad>", "<image>", "<s>", "</s>"
 
@@ -120,7 +121,7 @@ CLIP_CONFIG = {
 CLIP_PREPROCESSING = {"mean": CHANNEL_MEAN, "std": CHANNEL_STD, "interpolation": "bicubic", "resize_mode": "squash"}
 
 
-TEMPLATES = ("a photo of {}.", "a small photo of {}.", "a picture of {}.", "{}.", "this is {}.")
+PROMPTS = (*TEMPLATES, "{}.", "this is {}.")
 
 
 def new_clip(folder: Path, tokenizer, seed: int) -> nn.Module:
@@ -142,7 +143,7 @@ def text_bank(tokenizer, texts: dict[str, list[list[str]]], names: Sequence[str]
     bank = []
     for c, name in enumerate(names):
         prompts = [
-            TEMPLATES[rng.integers(len(TEMPLATES))].format(_with_or_without_article(words_for(name), rng))
+            PROMPTS[rng.integers(len(PROMPTS))].format(_with_or_without_article(words_for(name), rng))
             for _ in texts["caption"][c]
         ]
         of_class = [*prompts, *(text for kind in texts.values() for text in kind[c])]
@@ -381,7 +382,7 @@ def clip_teacher(folder: str, names: Sequence[str]):
     clip = open_clip.create_model(f"local-dir:{folder}").eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     with torch.no_grad():
-        prompts = [[t.format(words_for(name)[0]) for t in TEMPLATES] for name in names]
+        prompts = [[t.format(words_for(name)[0]) for t in PROMPTS] for name in names]
         means = torch.stack([clip.encode_text(tokenizer(own), normalize=True).mean(0) for own in prompts])
         classes = means / means.norm(dim=1, keepdim=True)
 

@@ -1,0 +1,68 @@
+"""Ablation controls that one table each uses: wrong answers, even answers, missing classes, rescaled starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mllmfl_lite.models import CompactModel
+from mllmfl_lite.repro import torch_generator
+from mllmfl_lite.stages.server_set import ServerSet
+
+
+def make_wrong(probabilities: Tensor, share: float, seed: int) -> Tensor:
+    """One-hot answers of which a share names another class, drawn evenly from the others; uniform rows stay.
+
+    Args:
+        probabilities: one-hot or uniform rows (N, C).
+        share: in [0, 1].
+        seed: decides where.
+    """
+    count, classes = probabilities.shape
+    generator = torch_generator(seed, "wrong labels")
+    wrong = torch.rand(count, generator=generator) < share
+    label = probabilities.argmax(1)
+    other = (label + torch.randint(1, classes, label.shape, generator=generator)) % classes
+    changed = nn.functional.one_hot(torch.where(wrong, other, label), classes).float()
+    return torch.where((probabilities.max(1).values < 1)[:, None], probabilities, changed)
+
+
+def even_out(probabilities: Tensor, over: Tensor) -> Tensor:
+    """Answers (n, C) divided by the mean of the answers `over` (N, C), normalised: no class is favoured on the whole."""
+    even = probabilities / over.mean(0).clamp(min=1e-12)
+    return even / even.sum(1, keepdim=True)
+
+
+def without_classes(server_set: ServerSet, left_out: Sequence[str]) -> ServerSet:
+    """The server set without the images of these classes."""
+    names = server_set.images.names
+    kept = np.flatnonzero(~np.isin(server_set.images.labels, [names.index(name) for name in left_out]))
+    return ServerSet(
+        server_set.images.subset(kept),
+        server_set.probabilities[torch.from_numpy(kept)],
+        server_set.rows[kept],
+        {**server_set.short, **dict.fromkeys(left_out, 0)},
+    )
+
+
+@torch.no_grad()
+def with_norms_of(model: CompactModel, other: CompactModel) -> CompactModel:
+    """A copy that computes the same, each convolution scaled to the norm that it has in `other`.
+
+    BatchNorm undoes the scale. But a step of SGD turns small weights further than large ones, by lr / norm^2 (van
+    Laarhoven, 2017), and pretraining leaves large weights.
+    """
+    model = copy.deepcopy(model)
+    layers, wanted = (
+        [m for m in of.body.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] for of in (model, other)
+    )
+    for conv, norm, like in zip(layers[::2], layers[1::2], wanted[::2], strict=True):
+        factor = like.weight.norm() / conv.weight.norm()
+        conv.weight.mul_(factor)
+        norm.running_mean.mul_(factor)
+        norm.running_var.mul_(factor**2)
+    return model
