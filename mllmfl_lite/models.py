@@ -175,8 +175,9 @@ def load_model(path: str | Path) -> CompactModel:
 
 
 def _state_sha256(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256("\n".join(state).encode())
-    digest.update(sha256_arrays(tensor.cpu().numpy() for tensor in state.values()).encode())
+    names = sorted(state)
+    digest = hashlib.sha256("\n".join(names).encode())
+    digest.update(sha256_arrays(state[name].cpu().numpy() for name in names).encode())
     return digest.hexdigest()
 
 

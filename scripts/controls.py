@@ -32,7 +32,7 @@ def make_wrong(probabilities: Tensor, share: float, seed: int) -> Tensor:
 
 
 def even_out(probabilities: Tensor, over: Tensor) -> Tensor:
-    """Answers (n, C) divided by the mean of the answers `over` (N, C), normalised: no class is favoured on the whole."""
+    """Answers (n, C) divided by the mean of the answers `over` (N, C), normalised: no class is favoured."""
     even = probabilities / over.mean(0).clamp(min=1e-12)
     return even / even.sum(1, keepdim=True)
 

@@ -86,7 +86,7 @@ def run_federated(
     method, settings, execution = method or FedAvg(), settings or FedSettings(), execution or Execution(device="cpu")
     check_run(model, federation, settings)
     rounds = _Rounds(model, federation, method, settings, seed, execution, ask)
-    if execution.folder is None:
+    if not execution.folder:
         return rounds.run(None)
     with RunFolder(execution.folder, _identity(model, federation, method, settings, seed)) as folder:
         return rounds.run(folder)

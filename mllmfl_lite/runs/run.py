@@ -65,7 +65,8 @@ def run_experiment(
     model = initial_model(experiment, federation.train.num_classes, weights)
     data = _data_entry(federation, model)
     drawn = _server_set(experiment, federation.train.names, device, answers) if 3 in experiment.stages else None
-    execution = Execution(folder and Path(folder) / "checkpoints" / _rounds_key(experiment), device, workers, name)
+    checkpoints = Path(folder) / "checkpoints" / _rounds_key(experiment) if folder else None
+    execution = Execution(checkpoints, device, workers, name)
     rounds = _rounds(experiment, federation, model, drawn, (execution, ask, answers))
     model.load_state_dict(rounds.deployed)
     _keep(model, experiment, folder, f"{name}-federated")

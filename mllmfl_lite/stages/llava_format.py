@@ -59,12 +59,14 @@ def _turns(text: str, prompt: str) -> list[dict]:
 def _split(text: str) -> tuple[str, list[tuple[bool, str]]]:
     """The words before the first label, and (is a question, words) for each label."""
     labels = list(_LABEL.finditer(text))
+    if not labels:
+        return "", []
     ends = [label.start() for label in labels[1:]] + [len(text)]
     parts = [
         (label[1].lower() in _ASKS, text[label.end() : end].strip(" \n*_"))
         for label, end in zip(labels, ends, strict=True)
     ]
-    return text[: labels[0].start()].strip() if labels else "", parts
+    return text[: labels[0].start()].strip(), parts
 
 
 def _without_gaps(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

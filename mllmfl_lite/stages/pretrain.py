@@ -76,7 +76,7 @@ def pretrain(
     """
     execution = execution or Execution(device="cpu")
     run = _Run((model, mllm, views, texts), settings or PretrainSettings(), seed, execution)
-    if execution.folder is None:
+    if not execution.folder:
         return run.go(None, None)
     folder = RunFolder(execution.folder, run.identity())
     if not run.accelerator.is_main_process:
