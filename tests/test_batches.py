@@ -44,18 +44,12 @@ def test_batches_depend_on_the_generator_alone(images):
     assert torch.equal(first, again)
 
 
-def test_a_stream_and_a_stack_are_the_batches_one_by_one(images):
-    """Drawn before they are cut, and cut for several clients at once: the same bits."""
+def test_a_stream_is_the_batches_one_by_one(images):
     batches, parts = Batches(images), torch.arange(20).split(8)
     one_by_one = [batches.augmented(part, g) for g in [torch.Generator().manual_seed(5)] for part in parts]
     streamed = list(batches.stream(iter(parts), torch.Generator().manual_seed(5)))
     assert all(torch.equal(a, b) for a, b in zip(one_by_one, streamed, strict=True))
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in streamed)
-    rows = torch.stack(parts[:2])
-    chances = [batches.chances([8], torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    stack = batches.cut(rows, torch.stack(chances, 1))
-    for own, x, seed in zip(rows, stack, (1, 2), strict=True):
-        assert torch.equal(x, batches.augmented(own, torch.Generator().manual_seed(seed)))
     assert list(batches.stream([], torch.Generator())) == []
 
 

@@ -1,4 +1,3 @@
-import json
 import os
 
 import pytest
@@ -43,7 +42,7 @@ def test_a_crash_between_any_two_steps_leaves_one_whole_checkpoint(tmp_path, mon
 
         monkeypatch.setattr(repro.os, "replace", maybe_fail(real_replace))
         monkeypatch.setattr(repro.os, "fsync", maybe_fail(real_fsync))
-        with pytest.raises(OSError, match="went down"):
+        with pytest.raises(CheckpointError, match="went down"):
             folder.save(2, tensors(2.0), "two")
         monkeypatch.undo()
         step, loaded, record = folder.load()
@@ -63,7 +62,7 @@ def test_damaged_weights_are_refused_and_kept(tmp_path, damage):
         else:
             path.write_bytes(content[:-5] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
         before = sorted((p.name, p.stat().st_size) for p in tmp_path.iterdir())
-        with pytest.raises(CheckpointError, match=r"weights-000001.safetensors is cut or damaged"):
+        with pytest.raises(CheckpointError, match=r"weights-000001.safetensors is damaged"):
             folder.load()
         assert before == sorted((p.name, p.stat().st_size) for p in tmp_path.iterdir())
 
@@ -72,17 +71,35 @@ def test_damaged_weights_are_refused_and_kept(tmp_path, damage):
 def test_a_damaged_record_is_refused(tmp_path, content):
     with RunFolder(tmp_path, IDENTITY) as folder:
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"run.json is cut or damaged"):
+        with pytest.raises(CheckpointError, match=r"run.json is damaged"):
             folder.load()
 
 
-def test_a_newer_format_is_refused(tmp_path):
+def test_every_flipped_byte_of_the_record_is_found(tmp_path):
     with RunFolder(tmp_path, IDENTITY) as folder:
-        folder.save(1, tensors(1.0), None)
-        record = json.loads((tmp_path / "run.json").read_text())
-        (tmp_path / "run.json").write_text(json.dumps({**record, "format": 99}))
-        with pytest.raises(CheckpointError, match="format 99, this version reads format 1"):
-            folder.load()
+        folder.save(12, tensors(1.0), ["one"])
+        path = tmp_path / "run.json"
+        content = path.read_bytes()
+        for place in range(0, len(content) - 1, 3):
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            try:
+                step, _, record = folder.load()
+            except CheckpointError as error:
+                assert "run.json is damaged" in str(error) and "remove the folder" in str(error)
+            else:
+                assert (step, record) == (12, ["one"]), "white space alone"
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    with RunFolder(tmp_path, IDENTITY) as folder:
+        folder.save(1, tensors(1.0), "one")
+        monkeypatch.setattr(repro.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 cannot be written .*No space left"):
+            folder.save(2, tensors(2.0), "two")
+        monkeypatch.undo()
+        assert folder.load()[0] == 1
 
 
 def test_a_foreign_checkpoint_names_the_difference(tmp_path):

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10
 
-from mllmfl_lite import data
-from mllmfl_lite.data import load_images
-from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.data.pictures import DataError
+from mllmfl_lite.data import cifar, folders, load_images
+from mllmfl_lite.data.images import ImageSet, checksum
+from mllmfl_lite.data.names import CIFAR10_CLASSES
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(folders.FOLDER_VARIABLE, str(tmp_path))
     return tmp_path
 
 
@@ -34,7 +33,7 @@ def offline(monkeypatch):
 def test_the_bundled_parts(part, size, classes):
     images = load_images("cifar10_mini", part)
     assert images.images.shape == (size, 32, 32, 3) and images.images.dtype == np.uint8
-    assert images.num_classes == classes and images.names[:10] == data.CIFAR10_CLASSES
+    assert images.num_classes == classes and images.names[:10] == CIFAR10_CLASSES
     assert not images.images.flags.writeable
 
 
@@ -45,11 +44,11 @@ def test_the_bundled_class_counts():
 
 
 def test_the_bundled_parts_are_disjoint():
-    parts = data.mini_index()["parts"].values()
+    parts = cifar.mini_index()["parts"].values()
     places = [(part["origins"][o], i) for part in parts for o, i in zip(part["origin"], part["index"], strict=True)]
     assert len(set(places)) == len(places) == 10_000
     assert {origin for origin, _ in places} == {"cifar10/train", "cifar10/test", "cifar100/train"}
-    assert set(data.mini_index()["parts"]["test"]["origins"]) == {"cifar10/test"}
+    assert set(cifar.mini_index()["parts"]["test"]["origins"]) == {"cifar10/test"}
 
 
 def test_no_picture_stands_twice():
@@ -65,26 +64,26 @@ def test_the_web_pool_is_shuffled():
 
 
 def test_the_bundle_is_small_and_its_card_tells_the_truth():
-    files = list(data.MINI_FOLDER.iterdir())
+    files = list(cifar.MINI_FOLDER.iterdir())
     assert sum(f.stat().st_size for f in files) < 8e6
-    card = (data.MINI_FOLDER / "README.md").read_text()
-    for part in data.mini_index()["parts"].values():
+    card = (cifar.MINI_FOLDER / "README.md").read_text()
+    for part in cifar.mini_index()["parts"].values():
         assert part["sha256"] in card and f"{part['bytes']:,}" in card
 
 
 def test_a_damaged_bundle_is_refused(tmp_path, monkeypatch):
-    for file in data.MINI_FOLDER.iterdir():
+    for file in cifar.MINI_FOLDER.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     sheet = tmp_path / "test.avif"
     sheet.write_bytes(sheet.read_bytes()[:-100])
-    monkeypatch.setattr(data, "MINI_FOLDER", tmp_path)
-    data._load_mini.cache_clear()
-    with pytest.raises(DataError, match=r"test.avif is damaged or missing; .*git checkout"):
+    monkeypatch.setattr(cifar, "MINI_FOLDER", tmp_path)
+    cifar.load_mini.cache_clear()
+    with pytest.raises(ValueError, match=r"test.avif is damaged or missing; .*git checkout"):
         load_images("cifar10_mini", "test")
     sheet.unlink()
-    with pytest.raises(DataError, match="damaged or missing"):
+    with pytest.raises(ValueError, match="damaged or missing"):
         load_images("cifar10_mini", "test")
-    data._load_mini.cache_clear()
+    cifar.load_mini.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ image sets
@@ -98,7 +97,7 @@ def test_subsets_and_checksums(images):
 
 @pytest.mark.parametrize(
     ("shape", "kind", "labels", "rule"),
-    [((2, 8, 8, 3), np.float32, [0, 1], "must be uint8"), ((2, 8, 8), np.uint8, [0, 1], "must be uint8"),
+    [((2, 8, 8, 3), np.float32, [0, 1], "must be uint8"), ((2, 8, 8, 4), np.uint8, [0, 1], "must be uint8"),
      ((2, 8, 8, 3), np.uint8, [0], "one label an image"), ((2, 8, 8, 3), np.uint8, [0, 2], r"must lie in 0\.\.1"),
      ((2, 8, 8, 3), np.uint8, [-1, 0], r"must lie in 0\.\.1")],
 )  # fmt: skip
@@ -132,11 +131,11 @@ def write_batches(folder, monkeypatch):
         pixels = np.concatenate([p for p, _ in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         arrays[attribute.removesuffix("_list")] = (pixels, np.concatenate([labels for _, labels in parts]))
     meta = base / "batches.meta"
-    meta.write_bytes(pickle.dumps({"label_names": list(data.CIFAR10_CLASSES)}))
+    meta.write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
     md5 = hashlib.md5(meta.read_bytes()).hexdigest()
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta.name, "key": "label_names", "md5": md5})
     for part, (pixels, labels) in arrays.items():
-        monkeypatch.setitem(data.PIXELS_SHA256, ("cifar10", part), data._sha256_arrays(pixels, labels))
+        monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", part), checksum(pixels, labels))
     return arrays
 
 
@@ -145,42 +144,42 @@ def test_torchvisions_folder_is_read(folder, monkeypatch, offline):
     for part in ("train", "test"):
         images = load_images("cifar10", part)
         assert np.array_equal(images.images, arrays[part][0]) and images.labels.tolist() == arrays[part][1].tolist()
-        assert images.names == data.CIFAR10_CLASSES
+        assert images.names == CIFAR10_CLASSES
 
 
 def test_other_pixels_than_the_originals_are_refused(folder, monkeypatch, offline):
     write_batches(folder, monkeypatch)
-    monkeypatch.setitem(data.PIXELS_SHA256, ("cifar10", "train"), "0" * 64)
-    with pytest.raises(DataError, match="differ from the originals"):
+    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "train"), "0" * 64)
+    with pytest.raises(ValueError, match="differ from the originals"):
         load_images("cifar10", "train")
 
 
 def test_a_packed_file_is_read_and_checked(folder, monkeypatch):
     pixels, labels = np.zeros((2, 32, 32, 3), np.uint8), np.array([1, 0])
-    arrays = {"x_test": pixels, "y_test": labels, "names": np.array(data.CIFAR10_CLASSES)}
+    arrays = {"x_test": pixels, "y_test": labels, "names": np.array(CIFAR10_CLASSES)}
     np.savez(folder / "cifar10.npz", **arrays)
-    with pytest.raises(DataError, match="differ from the originals"):
+    with pytest.raises(ValueError, match="differ from the originals"):
         load_images("cifar10", "test")
-    monkeypatch.setitem(data.PIXELS_SHA256, ("cifar10", "test"), data._sha256_arrays(pixels, labels))
+    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), checksum(pixels, labels))
     assert load_images("cifar10", "test").labels.tolist() == [1, 0]
     (folder / "cifar10.npz").write_bytes((folder / "cifar10.npz").read_bytes()[:500])
-    with pytest.raises(DataError, match=r"cifar10.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"cifar10.npz cannot be read"):
         load_images("cifar10", "test")
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_absent_and_offline_says_what_to_put_where(folder, offline, dataset):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ValueError) as caught:
         load_images(dataset, "train")
     message = str(caught.value)
-    assert str(folder) in message and data.FOLDER_VARIABLE in message and "-python.tar.gz" in message
+    assert str(folder) in message and folders.FOLDER_VARIABLE in message and "-python.tar.gz" in message
     assert "Network is unreachable" in message and "\n" not in message
 
 
 def test_a_corrupt_archive_is_refused_and_kept(folder, offline):
     archive = folder / "cifar-10-python.tar.gz"
     archive.write_bytes(b"not an archive")
-    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz is corrupt: its md5 is not"):
+    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is corrupt: its md5 is not"):
         load_images("cifar10", "train")
     assert archive.read_bytes() == b"not an archive"
 
@@ -188,7 +187,7 @@ def test_a_corrupt_archive_is_refused_and_kept(folder, offline):
 def test_an_archive_with_damaged_batches_is_refused(folder, monkeypatch, offline):
     write_batches(folder, monkeypatch)
     (folder / CIFAR10.base_folder / "data_batch_2").write_bytes(b"cut")
-    with pytest.raises(DataError, match="cannot be downloaded"):
+    with pytest.raises(ValueError, match="cannot be downloaded"):
         load_images("cifar10", "train")
 
 
@@ -204,16 +203,16 @@ def test_an_archive_is_unpacked(folder, monkeypatch, offline):
 
 
 def test_a_wrong_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"MLLMFL_DATA=.*nowhere is not a folder; create it"):
+    monkeypatch.setenv(folders.FOLDER_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"MLLMFL_DATA=.*nowhere is not a folder; create it"):
         load_images("cifar10")
     inside = tmp_path / "cifar-10-batches-py"
     inside.mkdir()
-    monkeypatch.setenv(data.FOLDER_VARIABLE, str(inside))
-    with pytest.raises(DataError, match=f"name the folder above it: {tmp_path}"):
+    monkeypatch.setenv(folders.FOLDER_VARIABLE, str(inside))
+    with pytest.raises(ValueError, match=f"name the folder above it: {tmp_path}"):
         load_images("cifar10")
 
 
 def test_without_the_variable_a_cache_folder_is_used(monkeypatch):
-    monkeypatch.delenv(data.FOLDER_VARIABLE, raising=False)
-    assert data.data_folder().name == "mllmfl_lite"
+    monkeypatch.delenv(folders.FOLDER_VARIABLE, raising=False)
+    assert folders.data_folder().name == "mllmfl_lite"

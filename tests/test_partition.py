@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmfl_lite.data import partition
-from mllmfl_lite.runs.results import reported
+from mllmfl_lite.data import longtail, partition
+from mllmfl_lite.teaching.compare import reported
 
 CIFAR10_IF100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
@@ -17,20 +17,20 @@ def labels_of(counts):
 
 
 def test_counts_of_the_benchmarks():
-    assert partition.long_tail_counts(10, 5000, 100) == CIFAR10_IF100
-    assert partition.long_tail_counts(10, 5000, 50) == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
-    assert partition.long_tail_counts(10, 5000, 10) == [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
+    assert longtail.long_tail_counts(10, 5000, 100) == CIFAR10_IF100
+    assert longtail.long_tail_counts(10, 5000, 50) == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    assert longtail.long_tail_counts(10, 5000, 10) == [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
 
 
 @pytest.mark.parametrize(("dataset", "classes", "most"), [("cifar10", 10, 5000), ("cifar100", 100, 500)])
 def test_totals_of_the_benchmarks(dataset, classes, most):
     for factor, total in reported()["benchmark_sizes"][dataset].items():
-        assert sum(partition.long_tail_counts(classes, most, float(factor))) == total
+        assert sum(longtail.long_tail_counts(classes, most, float(factor))) == total
 
 
 @given(st.integers(2, 200), st.integers(1, 5000), st.floats(1, 1000))
 def test_counts_fall_from_head_to_tail(classes, most, factor):
-    counts = partition.long_tail_counts(classes, most, factor)
+    counts = longtail.long_tail_counts(classes, most, factor)
     assert counts[0] == most and len(counts) == classes
     assert counts == sorted(counts, reverse=True)
     assert abs(counts[-1] - most / factor) <= 1
@@ -39,44 +39,44 @@ def test_counts_fall_from_head_to_tail(classes, most, factor):
 @pytest.mark.parametrize("factor", [0.99, 0, -5, float("nan")])
 def test_imbalance_under_one_is_refused(factor):
     with pytest.raises(ValueError, match=r"imbalance_factor .* at least 1"):
-        partition.long_tail_counts(10, 100, factor)
+        longtail.long_tail_counts(10, 100, factor)
 
 
 def test_inverted_imbalance_gets_a_suggestion():
     with pytest.raises(ValueError, match="Did you mean 100"):
-        partition.long_tail_counts(10, 100, 0.01)
+        longtail.long_tail_counts(10, 100, 0.01)
 
 
 def test_long_tail_subset_has_the_counts_and_no_image_twice():
     labels = np.random.default_rng(0).permutation(labels_of([500] * 10))
-    chosen = partition.long_tail_subset(labels, 10, 100, seed=3)
-    assert np.bincount(labels[chosen]).tolist() == partition.long_tail_counts(10, 500, 100)
+    chosen = longtail.long_tail_subset(labels, 10, 100, seed=3)
+    assert np.bincount(labels[chosen]).tolist() == longtail.long_tail_counts(10, 500, 100)
     assert len(set(chosen.tolist())) == len(chosen)
 
 
 def test_subset_depends_on_the_seed_alone():
     labels = labels_of([50] * 4)
-    first, again, other = (partition.long_tail_subset(labels, 4, 5, seed) for seed in (1, 1, 2))
+    first, again, other = (longtail.long_tail_subset(labels, 4, 5, seed) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_more_classes_than_labels_is_refused():
     with pytest.raises(ValueError, match=r"every class needs an image; num_classes is 5"):
-        partition.long_tail_subset(labels_of([10, 10, 10]), 5, 10, seed=0)
+        longtail.long_tail_subset(labels_of([10, 10, 10]), 5, 10, seed=0)
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.1"):
-        partition.long_tail_subset(labels_of([10, 10, 10]), 2, 10, seed=0)
+        longtail.long_tail_subset(labels_of([10, 10, 10]), 2, 10, seed=0)
 
 
 def test_a_tail_that_rounds_to_nothing_is_refused():
     with pytest.raises(ValueError, match="leaves the last class without an image"):
-        partition.long_tail_subset(labels_of([20] * 5), 5, 50, seed=0)
+        longtail.long_tail_subset(labels_of([20] * 5), 5, 50, seed=0)
 
 
 def test_balanced_subset_is_balanced():
-    chosen = partition.balanced_subset(labels_of([30] * 4), 4, 42, seed=0)
+    chosen = longtail.balanced_subset(labels_of([30] * 4), 4, 42, seed=0)
     assert sorted(np.bincount(labels_of([30] * 4)[chosen]).tolist()) == [10, 10, 11, 11]
     with pytest.raises(ValueError, match="smallest class has 30"):
-        partition.balanced_subset(labels_of([30] * 4), 4, 200, seed=0)
+        longtail.balanced_subset(labels_of([30] * 4), 4, 200, seed=0)
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -180,13 +180,13 @@ def test_an_empty_client_is_named():
 
 
 def test_shot_groups_at_the_thresholds():
-    groups = partition.shot_groups(np.array([500, 101, 100, 20, 19, 1]))
+    groups = longtail.shot_groups(np.array([500, 101, 100, 20, 19, 1]))
     assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
 
 
 def test_thirds_of_ten_classes_and_of_unsorted_counts():
-    assert [len(g) for g in partition.rank_thirds(CIFAR10_IF100).values()] == [4, 3, 3]
-    assert partition.rank_thirds([5, 90, 20]) == {"head": [1], "middle": [2], "tail": [0]}
+    assert [len(g) for g in longtail.rank_thirds(CIFAR10_IF100).values()] == [4, 3, 3]
+    assert longtail.rank_thirds([5, 90, 20]) == {"head": [1], "middle": [2], "tail": [0]}
 
 
 def test_skew_and_effective_classes_in_closed_form():
