@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mllmfl_lite.standins.words import KNOWLEDGE, write
+from standins.words import KNOWLEDGE, write
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken, words_for

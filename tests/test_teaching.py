@@ -1,3 +1,7 @@
+"""What chapters share: tables, plots, comparisons of seeds."""
+
+import html
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -5,8 +9,17 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy import stats
 
-from mllmfl_lite import plotting
+from mllmfl_lite.teaching import plotting
+from mllmfl_lite.teaching.compare import (
+    find_upwards,
+    group_by_label,
+    mean_and_spread,
+    paired_difference,
+    reported,
+    seeds_needed,
+)
 from mllmfl_lite.teaching.tables import Gallery, Table, check, percent, safe
 
 
@@ -19,13 +32,14 @@ def test_check_answers_back():
 def test_tables_show_the_same_cells_everywhere():
     table = Table(["a", "b|c"], [["1", "2"], ["10", "x"]])
     assert repr(table).splitlines() == ["a   b|c", "1   2", "10  x"]
-    assert table._repr_markdown_().splitlines() == ["| a | b\\|c |", "| --- | --- |", "| 1 | 2 |", "| 10 | x |"]
+    assert table._repr_markdown_().splitlines() == ["| a | b&#124;c |", "| --- | --- |", "| 1 | 2 |", "| 10 | x |"]
     with pytest.raises(ValueError, match="each row needs 2 cells"):
         Table(["a", "b"], [["1"]])
 
 
 def test_percent():
     assert (percent(0.4567), percent(0.4567, 0.012), percent(None)) == ("45.7", "45.7\u00a0±\u00a01.2", "–")
+    assert percent(*mean_and_spread([0.4567])) == "45.7"
 
 
 def test_group_colours_follow_rank():
@@ -43,9 +57,6 @@ def test_plots_draw_what_they_are_given():
     bubbles = plotting.split_bubbles(counts, ["a", "b"], "t").collections[0]
     assert bubbles.get_offsets().tolist() == [[0, 0], [0, 1], [1, 1]]
     assert [bar.get_height() for bar in plotting.class_bars(np.array([5, 2, 1]), list("abc"), "t").patches] == [5, 2, 1]
-    history = [{"round": r, "metrics": {"top1": t} if t else None} for r, t in ((1, 0.1), (2, None), (3, 0.3))]
-    line = plotting.learning_curves({"fedavg": [history, history]}, "t").lines[0]
-    assert line.get_xdata().tolist() == [1, 3] and line.get_ydata().tolist() == pytest.approx([10, 30])
     seeds = [{"groups": {"head": h, "middle": 0.2, "tail": 0.1}} for h in (0.5, 0.7)]
     bars = plotting.group_accuracy_bars({"x": seeds}, "t").patches
     assert [bar.get_height() for bar in bars] == pytest.approx([60, 20, 10])
@@ -53,21 +64,60 @@ def test_plots_draw_what_they_are_given():
     plt.close("all")
 
 
+def history(*top1):
+    """Of rounds 1, 2, ...; None: not tested."""
+    return [{"round": r, "metrics": t if t is None else {"top1": t}} for r, t in enumerate(top1, 1)]
+
+
+def test_curves_are_drawn_over_the_rounds_that_all_seeds_tested():
+    line = plotting.learning_curves({"fedavg": [history(0.1, None, 0.3), history(0.3, 0.9, 0.5, 0.9)]}, "t").lines[0]
+    assert line.get_xdata().tolist() == [1, 3] and line.get_ydata().tolist() == pytest.approx([20, 40])
+    plt.close("all")
+
+
+def test_a_method_of_ones_own_has_a_style():
+    ax = plotting.learning_curves({"mine": [history(0.1, 0.2)]}, "t")
+    assert ax.get_legend_handles_labels()[1] == ["mine"]
+    plt.close("all")
+
+
+def test_a_group_that_no_test_image_has_is_left_out():
+    seeds = [{"groups": {"head": 0.5, "middle": 0.2, "tail": None}}]
+    heights = [bar.get_height() for bar in plotting.group_accuracy_bars({"x": seeds}, "t").patches]
+    assert heights[:2] == [50, 20] and np.isnan(heights[2])
+    plt.close("all")
+
+
+def test_arrows_show_the_mean_along_the_first_axis():
+    updates = np.array([[3.0, 1, 0], [3, -1, 0]])
+    clients, mean = plotting.update_arrows(updates, "t").collections
+    assert np.allclose(clients.U, 3) and sorted(np.abs(clients.V)) == pytest.approx([1, 1]) and mean.U == 3
+    plt.close("all")
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
     "[a](javascript:alert(1))",
+    "![a](x)",
     "`x` $y$ **z** | w",
     "&lt;b&gt;",
+    "http://example.org",
 )
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_strangers_text_stays_text(hostile):
-    import html
+    cell = Table([hostile], [[hostile]])._repr_markdown_().splitlines()
+    for shown in (safe(hostile), cell[0][2:-2], cell[2][2:-2]):
+        assert not set(shown) & set("<>\"'`*[]|$") and "://" not in shown and html.unescape(shown) == hostile
 
-    shown = safe(hostile)
-    assert not set(shown) & set("<>\"'`*[]|$") and html.unescape(shown) == hostile
+
+def test_a_cell_stays_in_its_line():
+    table = Table(["name\nof\u2028it", "b"], [["a\x1b[31m\r\n\u202eb", "c" * 1000]])
+    assert table._repr_markdown_().splitlines()[0] == "| name of it | b |"
+    assert table._repr_markdown_().splitlines()[2] == f"| a&#91;31m b | {'c' * 1000} |"
+    assert len(repr(table).splitlines()) == 2 and repr(table).splitlines()[1].startswith("a[31m b ")
 
 
 def test_control_characters_and_long_texts_are_tamed():
@@ -83,5 +133,73 @@ def test_a_gallery_shows_pictures_and_escaped_text():
         shown.count("<img ") == 1 and "data:image/png;base64," in shown and 'alt="a &quot;black&quot; square"' in shown
     )
     assert "<b>bold" not in shown and "<br>new line" in shown
-    with pytest.raises(ValueError, match="one alt text a picture: 1 pictures, 1, 0"):
+    with pytest.raises(ValueError, match="each image needs texts and an alt text; got 1, 1, 0"):
         Gallery([image], [{}], [])
+
+
+def test_the_nearest_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert find_upwards("results") == tmp_path / "results" and find_upwards("b") == tmp_path / "a" / "b"
+    with pytest.raises(ValueError, match="there is no folder 'nowhere'"):
+        find_upwards("nowhere")
+
+
+def test_results_are_grouped_in_their_order():
+    results = [{"label": label, "seed": seed} for label, seed in (("b", 0), ("a", 0), ("b", 1))]
+    groups = group_by_label(results)
+    assert list(groups) == ["b", "a"] and [one["seed"] for one in groups["b"]] == [0, 1]
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert np.isnan(mean_and_spread([1.0])[1])
+
+
+def test_a_paired_difference_by_hand():
+    """Mean 2, deviation 1, three pairs: t = 3.46 below 4.303, the interval 2 ± 4.303 / sqrt(3)."""
+    found = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert found[:3] == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert found.verdict == "within chance" and found.p == pytest.approx(stats.ttest_rel([2, 4, 6], [1, 2, 3]).pvalue)
+    assert paired_difference([1.5, 2.0, 2.5], [0, 0, 0]).verdict == "beyond chance"
+
+
+def test_paired_differences_without_spread():
+    assert paired_difference([0.5, 0.7], [0.5, 0.7]) == (0, 0, 0, 1)
+    assert paired_difference([3.0, 5.0], [1.0, 3.0]) == (2, 2, 2, 0)
+    one = paired_difference([3.0], [1.0])
+    assert (one.mean, one.p) == (2, 1) and np.isnan(one.low)
+    for ours, theirs in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="each seed needs a figure of both methods"):
+            paired_difference(ours, theirs)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize(("points", "deviation"), [(5.0, 2.0), (-1.0, 1.5), (0.4, 0.03)])
+def test_seeds_needed_find_the_difference_as_often_as_they_should(points, deviation, paired):
+    """The same tests run on drawn figures: with n seeds at least 80 % find it, with one fewer not."""
+    n = seeds_needed(points, deviation**2 if paired else 2 * deviation**2, 0.8, paired)
+    draw = np.random.default_rng(0)
+
+    def found(n):
+        a, b = draw.normal(0, deviation, (2, 20_000, n))
+        test = stats.ttest_1samp(b + points, 0, axis=1) if paired else stats.ttest_ind(b + points, a, axis=1)
+        return np.mean(test.pvalue < 0.05)
+
+    assert found(n) > 0.79 and (n == 2 or found(n - 1) < 0.81)
+
+
+def test_seeds_needed_at_the_ends():
+    assert seeds_needed(1.0, 0.0) == 2  # no spread: two always do
+    assert seeds_needed(1e-9, 1.0) == 10_000
+    # with one degree of freedom a shift of 32 deviations is found 98.8 times in 100, one of 55.4 nearly always
+    assert [seeds_needed(p / 2**0.5, 1.0, 0.99, paired=True) for p in (32, 55.4)] == [3, 2]
+    for wrong in ((0.0, 1.0, 0.8), (1.0, -1.0, 0.8), (1.0, 1.0, 1.0), (float("nan"), 1.0, 2.0)):
+        with pytest.raises(ValueError, match="points must not be 0"):
+            seeds_needed(*wrong)
+
+
+def test_reported_figures_have_a_source():
+    for entry in reported().values():
+        assert entry["source"]

@@ -1,4 +1,4 @@
-"""What texts about CIFAR images claim, and what the pixels say, so that one can be held against the other."""
+"""Hold texts about CIFAR images against the pixels: what the image shows, and what the text claims."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ COLOURS = ("black", "white", "grey", "red", "orange", "brown", "yellow", "green"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the pixels say; None where they do not allow a statement.
+    """What the pixels of an image allow to state; None: nothing.
 
     Attributes:
-        colour: the main colour of the middle of the picture.
-        background: the main colour of its border.
+        colour: the main colour of the middle.
+        background: the main colour of the border.
         plain: whether one colour fills most of the border.
         light: ``"dark"`` or ``"bright"``.
-        size: ``"small"`` or ``"large"``: how much of the picture differs from a plain background.
+        size: ``"small"`` or ``"large"``: how much of the image differs from a plain background.
     """
 
     colour: str | None = None
@@ -32,7 +32,7 @@ class Facts:
 
 
 def name_colours(pixels: np.ndarray) -> np.ndarray:
-    """The index into `COLOURS` of each RGB pixel: uint8 (..., 3) -> int64 (...), by hue, saturation and value."""
+    """Name RGB pixels by hue, saturation and value: uint8 (..., 3) -> indices into `COLOURS`, int64 (...)."""
     red, green, blue = np.moveaxis(pixels.astype(np.float32) / 255, -1, 0)
     value, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     span = np.maximum(value - low, 1e-6)
@@ -41,119 +41,92 @@ def name_colours(pixels: np.ndarray) -> np.ndarray:
     )
     hue, pale = hue * 60, (value - low) < 0.16 * np.maximum(value, 1e-6)
     glowing = (value > 0.65) & (value - low > 0.5 * value)
-    cases = [
-        (value < 0.2, "black"),
-        (pale & (value > 0.78), "white"),
-        (pale, "grey"),
-        ((hue < 15) | (hue >= 335), "red"),
-        ((hue < 45) & glowing, "orange"),
-        (hue < 45, "brown"),
-        ((hue < 68) & (value > 0.5), "yellow"),
-        (hue < 165, "green"),
-        (hue < 260, "blue"),
-        (hue < 335, "purple"),
-    ]
-    return np.select([where for where, _ in cases], [COLOURS.index(name) for _, name in cases])
+    cases = {
+        "black": value < 0.2,
+        "white": pale & (value > 0.78),
+        "grey": pale,
+        "red": (hue < 15) | (hue >= 335),
+        "orange": (hue < 45) & glowing,
+        "brown": hue < 45,
+        "yellow": (hue < 68) & (value > 0.5),
+        "green": hue < 165,
+        "blue": hue < 260,
+        "purple": hue < 335,
+    }
+    return np.select(list(cases.values()), [COLOURS.index(name) for name in cases])
 
 
 def look(images: np.ndarray) -> list[Facts]:
-    """The facts of each picture: uint8 (N, 32, 32, 3) -> N `Facts`.
+    """State the facts of each image: uint8 (N, 32, 32, 3) -> N `Facts`.
 
     The middle is the central quarter, the border a frame of four pixels. A colour is stated if 40 % of the middle, or
-    half of the border, has it; a border with 75 % of one colour is plain, and only then is a size stated.
+    half of the border, has it. A border with 75 % of one colour is plain; only then is a size stated.
     """
     frame = np.ones(images.shape[1:3], bool)
     frame[4:-4, 4:-4] = False
     colours = name_colours(images)
-    middle, main = _majority(colours[:, 8:-8, 8:-8].reshape(len(images), -1))
-    border, share = _majority(colours[:, frame])
+    middle, middle_share = _majority(colours[:, 8:-8, 8:-8].reshape(len(images), -1))
+    border, border_share = _majority(colours[:, frame])
     light = images.mean((1, 2, 3)) / 255
     ground = np.median(images[:, frame].astype(np.int16), axis=1)[:, None, None]  # (N, 1, 1, 3)
     covered = (np.abs(images - ground).max(-1) > 40).mean((1, 2))
+    plain = border_share >= 0.75
     return [
         Facts(
-            colour=COLOURS[middle[i]] if main[i] >= 0.4 else None,
-            background=COLOURS[border[i]] if share[i] >= 0.5 else None,
-            plain=bool(share[i] >= 0.75),
+            colour=COLOURS[middle[i]] if middle_share[i] >= 0.4 else None,
+            background=COLOURS[border[i]] if border_share[i] >= 0.5 else None,
+            plain=bool(plain[i]),
             light="dark" if light[i] < 0.33 else "bright" if light[i] > 0.62 else None,
-            size=None if share[i] < 0.75 else "small" if covered[i] < 0.22 else "large" if covered[i] > 0.42 else None,
+            size=None if not plain[i] else "small" if covered[i] < 0.22 else "large" if covered[i] > 0.42 else None,
         )
         for i in range(len(images))
     ]
 
 
 def _majority(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of colour codes (N, P) the most frequent one and its share."""
+    """The most frequent colour of each row (N, P), and its share."""
     counts = np.stack([(codes == c).mean(1) for c in range(len(COLOURS))], 1)
     return counts.argmax(1), counts.max(1)
 
 
-LEXICON = {
-    **{
-        word: name
-        for name in (*CIFAR10_CLASSES, *SUPERCLASS_OF)
-        for word in words_for(name)[: 2 if name in SYNONYMS else 1]
-    },
-    **{noun: noun for noun in SUPERCLASSES},
-}
-
-
-_OBJECTS = re.compile(r"\b(" + "|".join(sorted(map(re.escape, LEXICON), key=len, reverse=True)) + r")(?:e?s)?\b", re.I)
-
-
+_CLASS_OF = {w: n for n in (*CIFAR10_CLASSES, *SUPERCLASS_OF) for w in words_for(n)[: 1 + (n in SYNONYMS)]}
+_CLASS_OF |= {noun: noun for noun in SUPERCLASSES}
+_NOUN = "|".join(sorted(map(re.escape, _CLASS_OF), key=len, reverse=True))
 _COLOUR = "(" + "|".join(COLOURS) + ")"
-
-
-_NOUN = "(?:" + "|".join(sorted(map(re.escape, LEXICON), key=len, reverse=True)) + ")"
-
-
 _CLAIMS = {
-    "colour": [
-        rf"\b{_COLOUR} {_NOUN}\b",
-        rf"(?<!around )it is mostly {_COLOUR}\b",
-        rf"\bmainly {_COLOUR}\b",
-        rf"\band {_COLOUR} colour\b",
-    ],
-    "background": [
-        rf"\bbackground is (?:uniformly |mostly )?{_COLOUR}\b",
-        rf"\b(?:behind it the picture|around it) is (?:uniformly |mostly )?{_COLOUR}\b",
-        rf"\b{_COLOUR} background\b",
-    ],
-    "light": [r"\b(?:photo|light) is (dark|bright)\b"],
-    "size": [
-        rf"\b(small|large) (?:{_COLOUR} )?{_NOUN}\b",
-        r"\bfills most (of) the frame\b",
-        r"\ba small (part) of the frame\b",
-    ],
+    "colour": rf"\b{_COLOUR} (?:{_NOUN})\b|(?<!around )it is mostly {_COLOUR}\b|\bmainly {_COLOUR}\b"
+    rf"|\band {_COLOUR} colour\b",
+    "background": rf"\bbackground is (?:uniformly |mostly )?{_COLOUR}\b|\b{_COLOUR} background\b"
+    rf"|\b(?:behind it the picture|around it) is (?:uniformly |mostly )?{_COLOUR}\b",
+    "light": r"\b(?:photo|light) is (dark|bright)\b",
+    "size": rf"\b(small|large) (?:(?:{'|'.join(COLOURS)}) )?(?:{_NOUN})\b|\bfills most (of) the frame\b"
+    r"|\ba small (part) of the frame\b",
 }
-_CLAIMS = {about: [re.compile(pattern, re.I) for pattern in patterns] for about, patterns in _CLAIMS.items()}
-
-
-_SIZE_WORDS = {"of": "large", "part": "small"}
+_SIZES = {"of": "large", "part": "small"}
 
 
 def objects_in(text: str) -> set[str]:
-    """The objects that a text names: class names of CIFAR-10 and CIFAR-100, and superclass nouns."""
-    return {LEXICON[match.group(1).lower()] for match in _OBJECTS.finditer(text)}
+    """Find the objects that a text names: class names of CIFAR-10 and CIFAR-100, and superclass nouns."""
+    return {_CLASS_OF[found.lower()] for found in re.findall(rf"\b({_NOUN})(?:e?s)?\b", text, re.I)}
 
 
 def same_thing(found: str, name: str) -> bool:
-    """Whether an object found in a text is class `name`, or its superclass."""
+    """Return True if an object found in a text is class `name` or its superclass."""
     return found in (name, SUPERCLASS_OF.get(name))
 
 
 def names_class(text: str, name: str) -> bool:
-    """Whether a text names the class, by its name, a synonym or its superclass's noun."""
+    """Return True if a text names the class by its name, a synonym or its superclass's noun."""
     return any(same_thing(found, name) for found in objects_in(text))
 
 
 def read_claims(text: str) -> dict[str, set[str]]:
-    """The facts that a text claims, e.g. ``{"colour": {"red"}, "light": {"dark"}}``; only what it speaks of."""
-    claims = {}
+    """Find the facts that a text claims, e.g. ``{"colour": {"red"}, "light": {"dark"}}``."""
     for phrase in SPOKEN.values():
         text = text.replace(phrase, phrase.split()[-1])  # an orange fruit is no claim about a colour
-    for about, patterns in _CLAIMS.items():
-        found = {m.group(1).lower() for pattern in patterns for m in pattern.finditer(text)}
+    claims = {}
+    for about, pattern in _CLAIMS.items():
+        found = {word.lower() for match in re.finditer(pattern, text, re.I) for word in match.groups() if word}
         if found:
-            claims[about] = {_SIZE_WORDS.get(word, word) for word in found}
+            claims[about] = {_SIZES.get(word, word) for word in found}
     return claims

@@ -1,4 +1,4 @@
-"""Results of several seeds side by side: grouped by label, means, paired differences, how many seeds a claim needs."""
+"""Compare results of several seeds: by label, mean and spread, paired differences, how many seeds a claim needs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ from mllmfl_lite.repro import ASSETS
 
 
 def find_upwards(name: str) -> Path:
-    """The nearest folder of that name, here or above.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find the nearest folder of that name, here or above; a `ValueError` says that there is none."""
     here = Path.cwd()
-    found = next((place / name for place in (here, *here.parents) if (place / name).is_dir()), None)
-    if found is None:
-        raise ValueError(f"there is no folder {name!r} in {here} or above it; start in the project's folder")
-    return found
+    for place in (here, *here.parents):
+        if (place / name).is_dir():
+            return place / name
+    raise ValueError(f"there is no folder {name!r} in {here} or above it; start in the project's folder")
 
 
 def group_by_label(results: Iterable[dict]) -> dict[str, list[dict]]:
-    """Results by label, in the order in which they come."""
+    """Group results by label, in the order in which they come."""
     groups: dict[str, list[dict]] = {}
     for result in results:
         groups.setdefault(result["label"], []).append(result)
@@ -36,7 +32,7 @@ def group_by_label(results: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def reported() -> dict:
-    """Figures that others report, each with its source; kept apart from ours."""
+    """Figures that others report, each with its source."""
     return json.loads((ASSETS / "reported.json").read_text(encoding="utf-8"))
 
 
@@ -46,7 +42,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """A mean paired difference with its 95 % interval and the p-value of a two-sided t-test against zero."""
+    """A mean paired difference, its 95 % interval, and the p-value of a two-sided t-test against zero."""
 
     mean: float
     low: float
@@ -54,55 +50,45 @@ class Difference(NamedTuple):
     p: float
 
     @property
-    def clear(self) -> bool:
-        """p below 0.05."""
-        return self.p < 0.05
+    def verdict(self) -> str:
+        """``"beyond chance"`` if p is below 0.05, else ``"within chance"``."""
+        return "beyond chance" if self.p < 0.05 else "within chance"
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Compare two methods seed by seed.
-
-    Raises:
-        ValueError: no pairs, or unequal numbers.
-    """
+    """Compare two methods seed by seed; unequal numbers of figures, or none, are a `ValueError`."""
     if len(ours) != len(theirs) or not len(ours):
         raise ValueError(f"each seed needs a figure of both methods; got {len(ours)} and {len(theirs)}")
     gains = np.subtract(ours, theirs)
-    if len(gains) == 1 or not gains.any():
-        return Difference(float(gains.mean()), float("nan"), float("nan"), 1.0)
+    mean = float(gains.mean())
+    if len(gains) == 1:
+        return Difference(mean, float("nan"), float("nan"), 1.0)
     if np.ptp(gains) == 0:
-        return Difference(float(gains[0]), float(gains[0]), float(gains[0]), 0.0)
+        return Difference(mean, mean, mean, float(mean == 0))
     test = stats.ttest_1samp(gains, 0.0)
     low, high = test.confidence_interval(0.95)
-    return Difference(float(gains.mean()), float(low), float(high), float(test.pvalue))
+    return Difference(mean, float(low), float(high), float(test.pvalue))
 
 
 def seeds_needed(points: float, variance: float, power: float = 0.8, paired: bool = False) -> int:
     """Seeds that each of two methods needs until a two-sided t-test at 5 % finds their difference, with its sign.
 
-    Exact for normal figures (noncentral t; Cohen, 1988). Both methods are taken to vary alike if not paired.
+    Exact for normal figures (noncentral t; Cohen, 1988). Unpaired, both methods are taken to vary alike.
 
     Args:
-        points: the difference, in the figures' unit.
+        points: the difference, not zero.
         variance: of the paired differences, or else the sum of the methods' variances.
-        power: chance to find it, in (0, 1).
+        power: probability of finding it, in (0, 1).
         paired: whether the same seeds are compared.
 
-    Returns:
-        2 to 10,000; 10,000 stands for more.
-
-    Raises:
-        ValueError: a zero difference, a negative variance, or a chance outside (0, 1).
+    10,000 stands for more as well.
     """
     if not (points and 0 < power < 1 and variance >= 0):
-        raise ValueError(
-            f"a difference other than zero, a variance and a chance in (0, 1) are needed; got {points}, {variance} "
-            f"and {power}"
-        )
+        raise ValueError(f"points must not be 0, power in (0, 1), variance >= 0; got {points}, {power}, {variance}")
 
-    def chance(seeds: int) -> float:
+    def found(seeds: int) -> float:
         free = (seeds - 1) * (1 if paired else 2)
         shift = abs(points) / max(variance / seeds, 1e-300) ** 0.5
         return float(stats.nct.sf(stats.t.ppf(0.975, free), free, min(shift, 1e6)))
 
-    return 2 + bisect_left(range(2, 10_000), power, key=chance)
+    return 2 + bisect_left(range(2, 10_000), power, key=found)

@@ -1,4 +1,4 @@
-"""One visual language for the whole book: groups and methods keep their colours, axes say their units."""
+"""Plots of the chapters: groups and methods keep their colours, axes say their units."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mllmfl_lite.data.longtail import rank_thirds
 
-# Okabe and Ito's colour-blind-safe palette. Cold = many images, hot = few.
+# Okabe and Ito's palette, safe for colour-blind readers; cold: many images, hot: few
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#56B4E9", "tail": "#D55E00"}
-
-
-METHOD_STYLES = {
+METHOD_STYLES = {  # label, colour, marker
     "fedavg": ("FedAvg", "#444444", "o"),
     "fedprox": ("FedProx", "#009E73", "s"),
     "fedavgm": ("FedAvgM", "#CC79A7", "^"),
@@ -29,7 +27,7 @@ METHOD_STYLES = {
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults for the book; call once, in a chapter's set-up."""
+    """Set matplotlib's defaults for the book."""
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.4),
@@ -51,13 +49,13 @@ def use_style() -> None:
 
 
 def colours_by_group(counts: np.ndarray) -> list[str]:
-    """The colour of each class by its third: head, middle or tail of `counts` (C,)."""
+    """The colour of each class by its rank in `counts` (C,): head, middle or tail third."""
     group_of = {c: group for group, classes in rank_thirds(counts).items() for c in classes}
     return [GROUP_COLOURS[group_of[c]] for c in range(len(counts))]
 
 
 def image_rows(rows: dict[str, np.ndarray], title: str = "") -> Figure:
-    """A row of images for each name: uint8 arrays (n, H, W, 3), the same n in every row."""
+    """Draw a row of images for each name: uint8 arrays (n, H, W, 3) of one n."""
     columns = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), columns, figsize=(7.2, 7.2 * len(rows) / columns * 0.95), squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
@@ -72,7 +70,7 @@ def image_rows(rows: dict[str, np.ndarray], title: str = "") -> Figure:
 
 
 def class_bars(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
-    """Images a class (C,) as bars with their numbers, coloured by head, middle and tail."""
+    """Draw images a class (C,) as bars with their numbers."""
     ax = ax or plt.subplots()[1]
     bars = ax.bar(names, counts, color=colours_by_group(counts))
     ax.bar_label(bars, fontsize=8, padding=1)
@@ -80,21 +78,12 @@ def class_bars(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | 
     ax.tick_params(axis="x", rotation=30)
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="images")
-    group_legend(ax)
+    ax.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in GROUP_COLOURS.values()], list(GROUP_COLOURS))
     return ax
 
 
-def group_legend(ax: Axes) -> None:
-    """A legend of the three group colours."""
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in GROUP_COLOURS.values()]
-    ax.legend(handles, list(GROUP_COLOURS))
-
-
 def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
-    """Who holds what: a disc for each client (row of `counts`, shape (K, C)) and class.
-
-    Its area is the square root of the images held, so that plots can be compared and a tail of a few can be seen.
-    """
+    """Draw a disc for each client (row of `counts`, (K, C)) and class; its area is the square root of the images."""
     ax = ax or plt.subplots()[1]
     clients, classes = np.nonzero(counts)
     area = 3.5 * np.sqrt(counts[clients, classes])
@@ -106,43 +95,31 @@ def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes
     return ax
 
 
-def style_of(method: str) -> tuple[str, str, str]:
-    """Label, colour and marker of a method; an unknown one is drawn in black."""
-    return METHOD_STYLES.get(method, (method, "#000000", "."))
-
-
-def band(ax: Axes, runs: Sequence[Sequence[dict]], style: tuple[str, str, str]) -> None:
-    """Test accuracy over rounds: mean and range over the runs, over the rounds that all of them tested.
-
-    Args:
-        ax: where to draw.
-        runs: one history a seed.
-        style: label, colour, marker.
-    """
-    tested = [{r["round"]: 100 * r["metrics"]["top1"] for r in history if r["metrics"]} for history in runs]
+def band(ax: Axes, histories: Sequence[Sequence[dict]], label: str, colour: str, marker: str) -> None:
+    """Draw mean and range of test accuracy, over the rounds that the histories of all seeds tested."""
+    tested = [{r["round"]: 100 * r["metrics"]["top1"] for r in history if r["metrics"]} for history in histories]
     rounds = sorted(set.intersection(*map(set, tested)))
-    top1 = np.array([[run[r] for r in rounds] for run in tested])
-    label, colour, marker = style
+    top1 = np.array([[of[r] for r in rounds] for of in tested])
     ax.plot(rounds, top1.mean(0), color=colour, marker=marker, markersize=5, label=label)
     ax.fill_between(rounds, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def learning_curves(runs: dict[str, list[list[dict]]], title: str, ax: Axes | None = None) -> Axes:
-    """Test accuracy over rounds, a `band` for each method and the histories of its seeds."""
+def learning_curves(histories: dict[str, list[list[dict]]], title: str, ax: Axes | None = None) -> Axes:
+    """Draw a `band` for each method: the histories of its seeds. An unknown method is black."""
     ax = ax or plt.subplots()[1]
-    for method, histories in runs.items():
-        band(ax, histories, style_of(method))
+    for method, of in histories.items():
+        band(ax, of, *METHOD_STYLES.get(method, (method, "#000000", ".")))
     ax.set(title=title, xlabel="communication round", ylabel="test accuracy (%)")
     ax.legend()
     return ax
 
 
 def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes | None = None) -> Axes:
-    """Accuracy by head, middle and tail: for each condition the summaries of its seeds; whiskers: ± one deviation."""
+    """Draw accuracy by group: for each condition the summaries of its seeds; whiskers: ± one deviation."""
     ax = ax or plt.subplots()[1]
     positions = np.arange(len(summaries))
     for i, (group, colour) in enumerate(GROUP_COLOURS.items()):
-        values = [100 * np.array([s["groups"][group] for s in seeds]) for seeds in summaries.values()]
+        values = [100 * np.array([s["groups"][group] for s in seeds], float) for seeds in summaries.values()]
         spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
         where = positions + 0.27 * (i - 1)
         bars = ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
@@ -155,10 +132,7 @@ def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes |
 
 
 def update_arrows(updates: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
-    """Client updates (K, P) as arrows in a plane: along their mean, and across it where they disagree most.
-
-    Light arrows are clients, the black one is their mean: what the server applies.
-    """
+    """Draw client updates (K, P) in a plane: along their mean (black), and across it where they disagree most."""
     ax = ax or plt.subplots()[1]
     mean = updates.mean(0)
     direction = mean / np.linalg.norm(mean)
