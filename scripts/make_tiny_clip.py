@@ -10,15 +10,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from standins.recipe import (
-    Schedule,
-    corpus,
-    new_clip,
-    rest_of_cifar,
-    text_bank,
-    train_clip,
-    train_tokenizer,
-)
+from standins.clip import new_clip, text_bank, train_clip
+from standins.corpus import corpus, rest_of_cifar, train_tokenizer
+from standins.training import Schedule
 
 from mllmfl_lite.repro import write_atomically
 from mllmfl_lite.teachers.base import TINY_CLIP
@@ -38,7 +32,8 @@ def main() -> None:
     torch.set_num_threads(1)
     train, watched = rest_of_cifar()
     texts = corpus(train, look(train.images), TEXTS_PER_CLASS, SEED)
-    tokenizer = train_tokenizer([text for kind in texts.values() for own in kind for text in own[:40]], add_end=True)
+    few = [text for kind in texts.values() for of_class in kind for text in of_class[:40]]
+    tokenizer = train_tokenizer(few, add_end=True)
     model = new_clip(args.folder, tokenizer, SEED)
 
     def watch(step: int, loss: float) -> None:

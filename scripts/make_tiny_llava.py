@@ -10,22 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from standins.recipe import (
-    STAGES,
-    Lessons,
-    Schedule,
-    TowerHead,
-    all_prompts,
-    clip_teacher,
-    corpus,
-    new_llava,
-    new_processor,
-    new_tower,
-    rest_of_cifar,
-    train_llava,
-    train_tokenizer,
-    train_tower,
-)
+from standins.clip import clip_teacher
+from standins.corpus import corpus, rest_of_cifar, train_tokenizer
+from standins.llava import STAGES, Lessons, all_prompts, new_llava, new_processor, train_llava
+from standins.tower import TowerHead, new_tower, train_tower
+from standins.training import Schedule
 
 from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.teachers.base import TINY_CLIP, TINY_LLAVA
@@ -53,8 +42,8 @@ def trained_tower(train, work: Path):
     tower, file = new_tower(train.images, SEED), work / "tower.pt"
     if not file.exists():
         head = TowerHead(tower.config.hidden_size, train.num_classes, 96)
-        teach = lambda: clip_teacher(TINY_CLIP, train.names)  # noqa: E731
-        train_tower(tower, head, train, teach, TOWER, SEED, distil_from=0.65, watch=watch)
+        teacher = clip_teacher(TINY_CLIP, train.names)
+        train_tower(tower, head, train, teacher, TOWER, SEED, distil_from=0.65, watch=watch)
         torch.save(tower.state_dict(), file)
     tower.load_state_dict(torch.load(file))
     return tower

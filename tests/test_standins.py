@@ -7,27 +7,16 @@ import open_clip
 import pytest
 import torch
 from conftest import make_images
-from mllmfl_lite.standins.recipe import (
-    END,
-    IMAGE,
-    Lessons,
-    Schedule,
-    TowerHead,
-    corpus,
-    new_clip,
-    new_llava,
-    new_processor,
-    new_tower,
-    patch_features,
-    text_bank,
-    train_clip,
-    train_llava,
-    train_tokenizer,
-    train_tower,
-)
+from standins import corpus as texts_of
+from standins import tower as vision
+from standins.clip import new_clip, text_bank, train_clip
+from standins.corpus import END, IMAGE, corpus, train_tokenizer
+from standins.llava import Lessons, new_llava, new_processor, train_llava
+from standins.tower import TowerHead, new_tower, patch_features, train_tower
+from standins.training import Schedule
 
-from mllmfl_lite import standins
 from mllmfl_lite.data import load_images
+from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator
@@ -36,7 +25,7 @@ from mllmfl_lite.teaching.claims import look
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}  # fmt: skip
-TINY_TOWER = standins.TOWER_CONFIG | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+TINY_TOWER = vision.CONFIG | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +72,8 @@ def test_no_bundled_picture_is_learned_from(monkeypatch):
         labels = np.arange(50_000) % classes
         return ImageSet(numbers.copy(), labels, tuple(f"{name} {c}" for c in range(classes)), f"{name}/{part}")
 
-    monkeypatch.setattr(standins, "load_images", numbered)
-    train, watched = standins.rest_of_cifar(100)
+    monkeypatch.setattr(texts_of, "load_images", numbered)
+    train, watched = texts_of.rest_of_cifar(100)
 
     def places(some, ten):
         of = some.images[(some.labels < 10) == ten].astype(np.int64).reshape(-1, 3)
@@ -175,8 +164,10 @@ def test_an_unknown_step_is_named(llava, data, tokenizer):
 def test_whitened_patches_are_decorrelated(data):
     images = load_images("cifar10_mini", "train").images[::10]
     tower = new_tower(images, 0)
-    filters = standins._core(tower).embeddings.patch_embedding.weight
-    x = standins.Batches(ImageSet(images, np.zeros(len(images), np.int64), ("",), "")).plain(torch.arange(len(images)))
+    filters = vision.core_of(tower).embeddings.patch_embedding.weight
+    x = Batches(ImageSet(images, np.zeros(len(images), np.int64), ("one",), "x")).plain(
+        torch.arange(len(images))
+    )
     out = torch.nn.functional.conv2d(x, filters.detach(), stride=4).permute(0, 2, 3, 1).reshape(-1, 160)
     values = torch.linalg.eigvalsh(torch.cov(out.T))[-48:]  # 160 numbers of 48 directions
     assert values.max() < 1.1 and values.median() > 0.3
@@ -184,7 +175,7 @@ def test_whitened_patches_are_decorrelated(data):
 
 def test_mimetic_attention_meets_itself():
     """Queries and keys agree with the identity more than two random maps would; values go the other way."""
-    attention = standins._core(new_tower(np.zeros((2000, 32, 32, 3), np.uint8), 0)).encoder.layers[0].self_attn
+    attention = vision.core_of(new_tower(np.zeros((2000, 32, 32, 3), np.uint8), 0)).encoder.layers[0].self_attn
     q, k, v, out = (getattr(attention, f"{name}_proj").weight.detach() for name in ("q", "k", "v", "out"))
     meet, leave = q.T @ k, v.T @ out.T
     assert meet.diagonal().mean() > 0.3 and leave.diagonal().mean() == pytest.approx(-0.4, abs=0.05)
@@ -203,25 +194,22 @@ def test_left_out_patches_do_not_pass(data):
 def test_the_tower_learns_from_labels_and_then_from_its_teacher(data):
     tower, head, asked = new_tower(data.images, 0, TINY_TOWER), TowerHead(32, 3, 5), []
 
-    def teacher():
-        def ask(x):
-            asked.append(len(x))
-            return torch.ones(len(x), 5), torch.zeros(len(x), 3)
+    def teacher(x):
+        asked.append(len(x))
+        return torch.ones(len(x), 5), torch.zeros(len(x), 3)
 
-        return ask
-
-    losses = []
-    settings = {"distil_from": 0.5, "main_share": 1.0, "watch": lambda step, loss: losses.append(loss)}
-    train_tower(tower, head, data, teacher, Schedule(160, batch=8, lr=5e-3), 0, **settings)
+    schedule = Schedule(160, batch=8, lr=5e-3)
+    losses = train_tower(tower, head, data, teacher, schedule, 0, distil_from=0.5, main_share=1.0)
     assert asked == [8] * 10 and np.mean(losses[6:10]) < losses[0]
 
 
 def test_a_new_clip_learns_and_open_clip_loads_it(data, texts, tmp_path):
     tokenizer = train_tokenizer([t for kind in texts.values() for own in kind for t in own], add_end=True)
     model = new_clip(tmp_path, tokenizer, 0)
-    bank, losses = text_bank(tokenizer, texts, data.names, 0), []
-    watch = lambda step, loss: losses.append(loss)  # noqa: E731
-    train_clip(model, data, bank, Schedule(400, batch=16, lr=5e-4), 0, main_share=1.0, watch=watch)
+    bank, steps = text_bank(tokenizer, texts, data.names, 0), []
+    watch = lambda step, loss: steps.append(step)  # noqa: E731
+    losses = train_clip(model, data, bank, Schedule(400, batch=16, lr=5e-4), 0, main_share=1.0, watch=watch)
+    assert steps == list(range(25))
     assert np.mean(losses[-5:]) < np.mean(losses[:3])
     before = {name: p.clone() for name, p in model.named_parameters() if not name.startswith("visual")}
     train_clip(model, data, bank[:, :4], Schedule(32, batch=16), 1, main_share=1.0, learn_text=False)

@@ -1,10 +1,4 @@
-"""What can be said of a 32 x 32 picture from its class and its pixels: the sentences that the stand-ins learned from.
-
-Two halves that meet in `Facts`. `look` computes facts from pixels (main colour, background, light, size); `write` turns
-a class name and facts into text of one kind; `read_claims` goes back from any text to the facts and objects that it
-claims, so that a model's text can be held against the picture. Real models need none of this: it exists because
-no description of these images exists, and because claims about colour can be checked without a human.
-"""
+"""Write text about a 32 x 32 image from its class and its pixels: the sentences that the stand-ins learned from."""
 
 from __future__ import annotations
 
@@ -49,7 +43,7 @@ KNOWLEDGE = {
 
 
 def write(kind: str, name: str, facts: Facts, rng: np.random.Generator) -> str:
-    """Text of one kind about a picture of class `name`: varied in wording, never beyond the class and the facts.
+    """Write text of one kind about an image: varied in wording, never beyond the class and the facts.
 
     Args:
         kind: one of `KINDS`, ``"caption"`` (one short sentence) or ``"class_name"`` (the bare name).
