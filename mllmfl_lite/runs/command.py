@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
-from mllmfl_lite.checkpoint import CheckpointError
-from mllmfl_lite.federated import ClientDiverged
+from mllmfl_lite.repro import pick_device
+from mllmfl_lite.runs.config import parameters_of
 from mllmfl_lite.runs.files import Run, read_runs
-from mllmfl_lite.runs.plan import RATES, describe_plan, missing
+from mllmfl_lite.runs.needs import missing
+from mllmfl_lite.runs.plan import RATES, describe_plan
 from mllmfl_lite.runs.run import run_experiment
 from mllmfl_lite.runs.stage1 import stage_one
 
@@ -39,26 +41,30 @@ def add_commands(subparsers) -> None:
     plan.set_defaults(function=_plan)
 
 
-def _plan(chosen: argparse.Namespace) -> int:
+def _unfinished(chosen: argparse.Namespace) -> list[Run]:
     runs = read_runs(chosen.files, chosen.methods, chosen.seeds)
     todo = [run for run in runs if not run.is_done(chosen.out)]
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
-    for text in describe_plan(todo, chosen.on):
-        print(text)
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+    return todo
+
+
+def _plan(chosen: argparse.Namespace) -> int:
+    print(*describe_plan(_unfinished(chosen), chosen.on), sep="\n")
     return 0
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    runs = read_runs(chosen.files, chosen.methods, chosen.seeds)
-    todo = [run for run in runs if not run.is_done(chosen.out) or _owes_report(run, chosen)]
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not chosen.stage1:
+        raise ValueError("several processes can share stage 1 alone: add --stage1, then start one process without")
+    if chosen.report and not Path(chosen.report).is_file():
+        raise ValueError(f"there is no notebook {chosen.report}; name one, or leave --report out")
+    pick_device(chosen.device)
+    todo = _unfinished(chosen)
     if needs := sorted({need for run in todo for need in missing(run.experiment, chosen.out)}):
-        print("\n".join(["missing, and not fetched for you:", *needs]), file=sys.stderr)
+        print("missing, and not fetched for you; nothing was started:", *needs, sep="\n", file=sys.stderr)
         return 3
     if chosen.stage1:
         return _each([run for run in todo if 1 in run.experiment.stages], chosen, _stage_one)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes can share stage 1 alone: add --stage1, then start one process without")
     return _each(todo, chosen, _all_stages)
 
 
@@ -69,15 +75,18 @@ def _each(todo: Sequence[Run], chosen: argparse.Namespace, work: Callable[[Run, 
         started = time.perf_counter()
         print(f"[{number}/{len(todo)}] {run}", flush=True)
         try:
-            done = work(run, chosen)
-        except (ValueError, OSError, RuntimeError, CheckpointError, ClientDiverged) as error:
+            print(f"{work(run, chosen)}, {time.perf_counter() - started:.0f} s", flush=True)
+        except Exception as error:  # a sweep of days goes on, whatever it is
             failed.append(str(run))
-            print(f"failed: {error}", file=sys.stderr)
-        else:
-            print(f"{done}, {time.perf_counter() - started:.0f} s: {run.result(chosen.out)}", flush=True)
+            expected = isinstance(error, (ValueError, OSError, RuntimeError))
+            print(f"failed: {error if expected else traceback.format_exc()}", file=sys.stderr, flush=True)
     if failed:
         print("failed, and can be started again: " + "; ".join(failed), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _stage_one(run: Run, chosen: argparse.Namespace) -> str:
+    return f"stage 1 in {stage_one(run.experiment, chosen.out, chosen.device, chosen.shared)}"
 
 
 def _all_stages(run: Run, chosen: argparse.Namespace) -> str:
@@ -86,32 +95,17 @@ def _all_stages(run: Run, chosen: argparse.Namespace) -> str:
     )  # fmt: skip
     if chosen.report:
         _write_report(run, chosen)
-    return f"top-1 {result['summary']['top1']:.1%}"
-
-
-def _stage_one(run: Run, chosen: argparse.Namespace) -> str:
-    return f"stage 1 in {stage_one(run.experiment, chosen.out, chosen.device, chosen.shared)}"
-
-
-def _report(run: Run, chosen: argparse.Namespace) -> Path:
-    return Path(chosen.out) / "reports" / f"{run.result(chosen.out).stem}.ipynb"
-
-
-def _owes_report(run: Run, chosen: argparse.Namespace) -> bool:
-    """Return True if the last attempt at the report failed."""
-    return bool(chosen.report) and _report(run, chosen).with_suffix(".part.ipynb").exists()
+    return f"top-1 {result['summary']['top1']:.1%} in {run.result(chosen.out)}"
 
 
 def _write_report(run: Run, chosen: argparse.Namespace) -> None:
     """Execute the notebook on the run's result."""
-    path = _report(run, chosen)
+    path = Path(chosen.out) / "reports" / f"{run.result('').stem}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.ipynb")
-    values = {**run.values, "label": run.label, "folder": str(Path(chosen.out).resolve())}
+    values = {**parameters_of(run.experiment), "label": run.label, "folder": str(Path(chosen.out).resolve())}
     command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
-    done = subprocess.run(
-        [*command, chosen.report, str(part), "-y", yaml.safe_dump(values)], capture_output=True, text=True, check=False
-    )
+    command += [chosen.report, str(path), "-y", yaml.safe_dump(values)]
+    shown = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures stand in the page
+    done = subprocess.run(command, env=shown, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
-        raise ValueError(f"{run}: the result is there, but its report failed: {done.stderr.strip()[-2000:]}")
-    os.replace(part, path)
+        raise ValueError(f"the result is there, but its report failed: {done.stderr.strip()[-2000:]}")

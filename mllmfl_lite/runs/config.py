@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, field, fields
 from typing import Annotated, Any, Literal
 
@@ -14,120 +15,104 @@ from mllmfl_lite.stages.align import AlignSettings
 from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 
 BUNDLED_POOL = "cifar10_mini"
-# settings that one stage alone uses
-OF_STAGE = {"pretrain": 1, "start": 1, "annotations": 1, "kind": 1, "pixels": 1, "align": 3}
-Precision = Literal["float32", "bfloat16"]
+OF_STAGE = {"pretrain": 1, "start": 1, "annotations": 1, "kind": 1, "pixels": 1, "align": 3}  # used by it alone
 Positive = Annotated[int, Field(ge=1, le=100_000)]
 
 
 @settings_class
 class Experiment:
-    """What is run. Defaults: CIFAR-10-LT at full scale, FedAvg from random weights.
-
-    Attributes:
-        dataset: name for `load_images`.
-        imbalance_factor: images of the first class over images of the last; ImageNet-LT's lists have their own.
-        balanced: as many images as the long tail has, but equal numbers a class (a control).
-        split: how images are dealt to clients, see `data.partition`.
-        num_clients: K.
-        alpha: concentration of the Dirichlet distribution.
-        image_size: pixels a side at which files are read (ImageNet-LT, a folder as pool).
-        model: ``"resnet8"`` or ``"resnet50"``.
-        width: channels of ResNet-8.
-        method: a name in `federated.METHODS`, or ``"module:Class"`` for your own.
-        method_options: the method's own numbers, e.g. ``{"mu": 0.1}``.
-        stages: which of the three are run: 1 pretraining, 2 federated rounds, 3 alignment.
-        federated: stage 2.
-        pretrain: stage 1.
-        align: stage 3.
-        start: finished weights of stage 1, a file written by `save_model`; ``{seed}`` stands for the seed.
-        annotations: for stage 1: ``"bundled"``, ``"new"`` to ask the MLLM, or a ``.jsonl`` file of records.
-        kind: which annotations stage 1 learns from.
-        pixels: side of the compact model's images in stage 1 if the pool is a folder; 0: `image_size`.
-        mllm: the multimodal LLM, a name for `load_mllm`.
-        mllm_dtype: precision of its weights.
-        clip: the CLIP of CLIP2FL and of ``align.teacher = "clip"``, a name for `load_zero_shot`.
-        pool: the server's open images: a data set (its part ``"web"``), or a folder of images.
-        pool_images: use the first so many of them; 0: all.
-        seed: of every stage.
-    """
+    """What is run. Defaults: CIFAR-10-LT at full scale, FedAvg from random weights."""
 
     dataset: Literal["cifar10_mini", "cifar10", "cifar100", "imagenet_lt"] = "cifar10"
-    imbalance_factor: Annotated[float, Field(ge=1)] = 100.0
-    balanced: bool = False
+    imbalance_factor: Annotated[float, Field(ge=1)] = 100.0  # images of the first class over images of the last
+    balanced: bool = False  # as many images as the long tail has, but equal numbers a class (a control)
     split: Literal["iid", "dirichlet", "dirichlet_equal", "one_class_per_client"] = "dirichlet_equal"
-    num_clients: Positive = 20
-    alpha: Annotated[float, Field(gt=0)] = 0.5
-    image_size: Positive = 224
+    num_clients: Positive = 20  # K
+    alpha: Annotated[float, Field(gt=0)] = 0.5  # concentration of the Dirichlet distribution
+    image_size: Positive = 224  # pixels a side at which files are read (ImageNet-LT, a folder as pool)
     model: Literal["resnet8", "resnet50"] = "resnet8"
-    width: Positive = 64
-    method: str = "fedavg"
-    method_options: dict[str, Any] = field(default_factory=dict)
-    stages: Annotated[tuple[Literal[1, 2, 3], ...], Field(strict=False)] = (2,)
-    federated: Annotated[FedSettings, nested(FedSettings)] = FedSettings()
-    pretrain: Annotated[PretrainSettings, nested(PretrainSettings)] = PretrainSettings()
-    align: Annotated[AlignSettings, nested(AlignSettings)] = AlignSettings()
-    start: str = ""
-    annotations: str = "bundled"
-    kind: Literal["conversation", "detailed_description", "complex_reasoning"] = "detailed_description"
-    pixels: Annotated[int, Field(ge=0, le=10_000)] = 0
-    mllm: str = "tiny_llava"
-    mllm_dtype: Precision = "float32"
-    clip: str = "tiny_clip"
-    pool: str = BUNDLED_POOL
-    pool_images: Annotated[int, Field(ge=0)] = 0
-    seed: Annotated[int, Field(ge=0)] = 0
+    width: Positive = 64  # channels of ResNet-8
+    method: str = "fedavg"  # a name in `federated.METHODS`, or "module:Class" for your own
+    method_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # e.g. {"mu": 0.1}
+    stages: Annotated[tuple[Literal[1, 2, 3], ...], Field(strict=False)] = (2,)  # pretraining, rounds, alignment
+    federated: Annotated[FedSettings, nested(FedSettings)] = FedSettings()  # stage 2
+    pretrain: Annotated[PretrainSettings, nested(PretrainSettings)] = PretrainSettings()  # stage 1
+    align: Annotated[AlignSettings, nested(AlignSettings)] = AlignSettings()  # stage 3
+    start: str = ""  # finished weights of stage 1, a file written by `save_model`; {seed} stands for the seed
+    annotations: str = "bundled"  # for stage 1; "new": the MLLM is asked; or a .jsonl file of records
+    kind: Literal["conversation", "detailed_description", "complex_reasoning"] = "detailed_description"  # of them
+    pixels: Annotated[int, Field(ge=0, le=10_000)] = 0  # image side in stage 1 if the pool is a folder; 0: image_size
+    mllm: str = "tiny_llava"  # a name for `load_mllm`
+    mllm_dtype: Literal["float32", "bfloat16"] = "float32"
+    clip: str = "tiny_clip"  # of CLIP2FL and of align.teacher "clip", a name for `load_zero_shot`
+    pool: str = BUNDLED_POOL  # the server's open images: a data set (its part "web"), or a folder
+    pool_images: Annotated[int, Field(ge=0)] = 0  # use the first so many of them; 0: all
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of every stage
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
-        stages, problems = self.stages, []
-        if sorted(set(stages)) != list(stages) or not {2, 3} & set(stages):
-            problems.append(f"stages must name 2, 3 or both, in rising order, each once; got {list(stages)}")
-        if ":" not in self.method and self.method not in METHODS:
-            problems.append(f"method must be one of {', '.join(METHODS)}, or 'module:Class'; got {self.method!r}")
-        if 2 in stages and self.federated.clients_per_round > self.num_clients:
-            problems.append(
-                f"federated.clients_per_round is {self.federated.clients_per_round}, but num_clients is "
-                f"{self.num_clients}; draw at most as many as there are"
-            )
-        defaults = {f.name: f.default for f in fields(type(self))}  # type: ignore[arg-type]
-        problems += [
-            f"{name} has no effect without stage {stage}; add {stage} to stages, or leave {name} out"
-            for name, stage in OF_STAGE.items()
-            if stage not in stages and getattr(self, name) != defaults[name]
-        ]
-        if 3 in stages and self.align.when == "each round" and (self.method != "fedavg" or 2 not in stages):
-            problems.append("align.when is 'each round', which is a server step of 'fedavg' in stage 2; use 'end'")
-        if {1, 3} & set(stages) and "web" not in PARTS.get(self.pool, ("web",)):
-            problems.append(f"pool {self.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images")
-        problems += self._annotation_problems() if 1 in stages and not self.start else []
-        if problems:
+        if problems := [*_stage_problems(self), *_part_problems(self)]:
             raise ValueError("\n".join(problems))
         return self
 
-    def _annotation_problems(self) -> list[str]:
-        if self.annotations not in ("bundled", "new") and not self.annotations.endswith(".jsonl"):
-            return [f"annotations must be 'bundled', 'new' or a .jsonl file; got {self.annotations!r}"]
-        if self.annotations == "bundled" and self.pool != BUNDLED_POOL:
-            return [f"the bundled annotations describe the pool {BUNDLED_POOL!r}; set annotations to 'new'"]
-        return []
+
+SETTINGS = [f.name for f in fields(Experiment)]  # type: ignore[arg-type]
+INSIDE = {f.name for cls in (FedSettings, PretrainSettings, AlignSettings) for f in fields(cls)}  # type: ignore[arg-type]
+
+
+def _stage_problems(of: Experiment) -> Iterator[str]:
+    stages, rounds = of.stages, of.federated
+    if sorted(set(stages)) != list(stages) or not {2, 3} & set(stages):
+        yield f"stages must name 2, 3 or both, in rising order, each once; got {list(stages)}"
+    if 2 in stages and rounds.clients_per_round > of.num_clients:
+        yield (
+            f"federated.clients_per_round is {rounds.clients_per_round}, but num_clients is {of.num_clients}; draw at "
+            "most as many as there are"
+        )
+    if 2 in stages and not rounds.rounds:
+        yield "federated.rounds is 0; run at least one round, or leave 2 out of stages"
+    defaults = {f.name: f.default for f in fields(type(of))}  # type: ignore[arg-type]
+    for name, stage in OF_STAGE.items():
+        if stage not in stages and getattr(of, name) != defaults[name]:
+            yield f"{name} has no effect without stage {stage}; add {stage} to stages, or leave {name} out"
+    if 3 in stages and of.align.when == "each round" and (of.method != "fedavg" or 2 not in stages):
+        yield "align.when is 'each round', which is a server step of 'fedavg' in stage 2; use 'end'"
+
+
+def _part_problems(of: Experiment) -> Iterator[str]:
+    if ":" not in of.method and of.method not in METHODS:
+        yield f"method must be one of {', '.join(METHODS)}, or 'module:Class'; got {of.method!r}"
+    if {1, 3} & set(of.stages) and "web" not in PARTS.get(of.pool, ("web",)):
+        yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
+    if 1 in of.stages and not of.start:
+        if of.annotations not in ("bundled", "new") and not of.annotations.endswith(".jsonl"):
+            yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"
+        if of.annotations == "bundled" and of.pool != BUNDLED_POOL:
+            yield f"annotations are 'bundled', which describe the pool {BUNDLED_POOL!r} only; set them to 'new'"
 
 
 def experiment_of(values: dict[str, Any]) -> Experiment:
-    """Build the experiment that values describe; other keys are ignored, blocks of stages that are off dropped.
+    """Build the experiment that values describe; settings of stages that are off are checked, then dropped.
 
     Args:
-        values: the fields of `Experiment`; `federated`, `pretrain` and `align` as dictionaries.
+        values: the fields of `Experiment`; `federated`, `pretrain` and `align` as dictionaries. Other keys are ignored.
 
     Raises:
-        ValueError: names every wrong value.
+        ValueError: names every wrong value, and every setting that stands outside its block.
     """
-    known = {f.name for f in fields(Experiment)}  # type: ignore[arg-type]
-    given = {key: value for key, value in values.items() if key in known}
+    given = {key: values[key] for key in SETTINGS if key in values}
     stages = given.get("stages", (2,))
-    if isinstance(stages, (list, tuple)):
-        given = {key: value for key, value in given.items() if OF_STAGE.get(key, 2) in {2, *stages}}
-    return Experiment(**given)
+    off = [stage for stage in (1, 2, 3) if isinstance(stages, (list, tuple)) and stage not in stages]
+    dropped = {key: value for key, value in given.items() if OF_STAGE.get(key) in off}
+    problems = [f"{key}: write it inside federated, pretrain or align" for key in values if key in INSIDE]
+    for part in ({**dropped, "stages": (1, 2, 3)}, {key: given[key] for key in given if key not in dropped}):
+        try:
+            experiment = Experiment(**part)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(problems))
+    return experiment
 
 
 def parameters_of(experiment: Experiment) -> dict:

