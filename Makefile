@@ -111,19 +111,30 @@ $(FLOWER)/.installed $(PEERS)/.installed: scripts/make_environment.py | $(INSTAL
 	@PYTHONWARNINGS=ignore $(BIN)/python $< $(@D)
 	@touch $@
 
-# Which runs there are: ls notebooks/runs/paper. PLAN=1 only says what it takes, ON=h100 for another machine than this.
+# RUN is a file of notebooks/runs/SCALE and one of notebooks/runs/methods. PLAN=1 only says what it takes, ON=h100 where.
 SCALE := paper
 SEED := 0
 SEEDS := 0 1 2
-RUN_ALL = @test -n "$(RUN)" || { echo "say which: make $@ RUN=$(1); there are:"; \
-	  cd notebooks/runs/$(SCALE) && ls -d */ | sed 's,^,  ,; s,/$$,,'; exit 2; }; \
-	  env -u MLLMFL_PROGRESS $(BIN)/python -m mllmfl_lite.runs $(SCALE)/$(RUN) $(if $(PLAN)$(ON),--plan) $(if $(ON),--on $(ON))
+RUNS := notebooks/runs
+BENCHMARK = $(firstword $(subst /, ,$(RUN)))
+METHOD = $(word 2,$(subst /, ,$(RUN)))
+METHODS = $(wildcard $(RUNS)/methods/$(or $(METHOD),*).yaml $(if $(METHOD),$(RUNS)/methods/*/$(METHOD).yaml))
+names = $(sort $(notdir $(basename $(wildcard $(1)))))
+ALL_METHODS = $(call names,$(RUNS)/methods/*.yaml $(RUNS)/methods/*/*.yaml)
+define START
+	@test -f $(RUNS)/$(SCALE)/$(BENCHMARK).yaml || { echo "there is no benchmark '$(BENCHMARK)' at SCALE=$(SCALE), but:" \
+	  "$(call names,$(RUNS)/$(SCALE)/*.yaml); for example: make $@ RUN=$(1)"; exit 2; }
+	@test -n "$(2)" || { echo "there is no method '$(METHOD)', but: $(ALL_METHODS)"; exit 2; }
+	@env -u MLLMFL_PROGRESS $(BIN)/python -m mllmfl_lite $(if $(PLAN)$(ON),plan,run) $(RUNS)/$(SCALE)/$(BENCHMARK).yaml \
+	  --methods $(2) --seeds $(3) --out results/$(SCALE)/$(BENCHMARK) \
+	  $(if $(PLAN)$(ON),$(if $(ON),--on $(ON)),--shared .. --report $(RUNS)/run.ipynb)
+endef
 
 paper: $(INSTALLED)  ## one run: RUN=cifar10_lt_if100/mllm_llava_fl SEED=0 SCALE=paper, or medium, laptop; PLAN=1, ON=h100
-	$(call RUN_ALL,cifar10_lt_if100/mllm_llava_fl) --seeds $(SEED)
+	$(call START,cifar10_lt_if100/mllm_llava_fl,$(if $(METHOD),$(METHODS)),$(SEED))
 
 sweep: $(INSTALLED)  ## a benchmark's methods and seeds that are not done: RUN=cifar10_lt_if100 SEEDS="0 1 2" SCALE=paper
-	$(call RUN_ALL,cifar10_lt_if100) --seeds $(SEEDS)
+	$(call START,cifar10_lt_if100,$(METHODS),$(SEEDS))
 
 results: $(INSTALLED)  ## write book/results.md from the results files
 	@$(BIN)/python scripts/write_results.py
@@ -149,7 +160,8 @@ evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kep
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[imagenet]'
 	@$(BIN)/python scripts/measure_pretraining.py
 	@$(BIN)/python scripts/measure_teachers.py
-	@$(BIN)/python -m mllmfl_lite.runs laptop/cifar10_mini_lt_if100 --seeds 0 1 2
+	@$(BIN)/python -m mllmfl_lite run $(RUNS)/laptop/cifar10_mini_lt_if100.yaml --methods $(RUNS)/methods/*.yaml \
+	  $(RUNS)/methods/*/*.yaml --seeds 0 1 2 --out results/laptop/cifar10_mini_lt_if100 --shared ..
 	@$(BIN)/python scripts/measure_alignment.py
 
 clean:  ## remove what was built; .venv stays
