@@ -8,12 +8,10 @@ the other four fifths. The seed is one that no result uses.
 
 import argparse
 import itertools
-import multiprocessing
 import warnings
-from pathlib import Path
 
 import numpy as np
-import torch
+from sweep import RESULTS, in_processes
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.longtail import long_tail_subset
@@ -21,7 +19,7 @@ from mllmfl_lite.data.metrics import evaluate_model
 from mllmfl_lite.data.partition import split_clients
 from mllmfl_lite.federated import Federation, FedSettings, run_federated
 from mllmfl_lite.models import build_model, load_model, with_head
-from mllmfl_lite.repro import Execution, count_cores
+from mllmfl_lite.repro import Execution
 from mllmfl_lite.runs import Experiment, load_pool, load_teacher
 from mllmfl_lite.stages.align import AlignSettings, align
 from mllmfl_lite.stages.server_set import draw_server_set
@@ -29,7 +27,6 @@ from mllmfl_lite.teachers.answers import ask_teacher
 
 SEED = 7
 ROUNDS = FedSettings(rounds=20, clients_per_round=4, local_epochs=2, eval_every=100, report_rounds=1)
-RESULTS = Path(__file__).parent.parent / "results"
 ANSWERS = RESULTS / "laptop" / "answers"
 GRID = {
     "teacher": ("mllm", "clip"),
@@ -51,7 +48,6 @@ def world():
 
 
 def federated(start):
-    torch.set_num_threads(1)
     train, split, held = world()
     weights = RESULTS / "laptop" / "pretraining" / f"{start}_seed0.safetensors"
     model = with_head(load_model(weights), 10, SEED) if start else build_model("resnet8", 10, 16, SEED)
@@ -60,10 +56,8 @@ def federated(start):
     return start, run.deployed
 
 
-def tried(job):
-    torch.set_num_threads(1)
+def tried(start, state, numbers):
     warnings.simplefilter("ignore")
-    start, state, numbers = job
     settings = AlignSettings(**numbers)
     train, _, held = world()
     experiment = Experiment(width=16, stages=(2, 3), align=settings)
@@ -71,7 +65,9 @@ def tried(job):
     answers = ask_teacher(load_teacher(experiment, pool, "cpu"), pool, train.names, ANSWERS)
     model.load_state_dict(state)
     done = align(model, draw_server_set(pool, answers, train.names, settings.per_class), settings, SEED)
-    return start, numbers, evaluate_model(done.model, held, train.class_counts())
+    metrics = evaluate_model(done.model, held, train.class_counts())
+    groups = " ".join(f"{g} {100 * metrics['groups'][g]:.1f}" for g in ("head", "middle", "tail"))
+    print(f"{start or 'random':10} {numbers} all {100 * metrics['top1']:.1f} {groups}", flush=True)
 
 
 if __name__ == "__main__":
@@ -80,9 +76,5 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     grid = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     grid = [numbers for numbers in grid if numbers["beta"] or numbers["temperature"] == 1]  # T is in the KL term only
-    with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:
-        states = pool.map(federated, chosen.starts)
-        jobs = [(start, state, numbers) for numbers in grid for start, state in states]
-        for start, numbers, metrics in pool.imap(tried, jobs):
-            groups = " ".join(f"{g} {100 * metrics['groups'][g]:.1f}" for g in ("head", "middle", "tail"))
-            print(f"{start or 'random':10} {numbers} all {100 * metrics['top1']:.1f} {groups}", flush=True)
+    states = in_processes(federated, [(start,) for start in chosen.starts])
+    in_processes(tried, [(start, state, numbers) for numbers in grid for start, state in states])

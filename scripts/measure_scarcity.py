@@ -10,23 +10,19 @@ pictures without a label, never on the test set: 0.1 was best of those tried for
 too. Files that are there are kept.
 """
 
-import argparse
-import multiprocessing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import torch
+from sweep import RESULTS, in_processes, options
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.longtail import few_labels
 from mllmfl_lite.measure.transfer import FINETUNING, best, finetune
 from mllmfl_lite.models import build_model, load_model, with_head
-from mllmfl_lite.repro import Execution, count_cores
+from mllmfl_lite.repro import Execution
 from mllmfl_lite.runs.results import provenance, save_result
 
-RESULTS = Path(__file__).parent.parent / "results"
 PRETRAINED = RESULTS / "laptop" / "pretraining"
 RATES = {"pretrained": 0.1, "random": 0.1, "features": 0.1}
 WEIGHTS = {"pretrained": "dwp_linear", "features": "features"}  # the control: distilled features, no words
@@ -38,11 +34,8 @@ NUMBERS = replace(FINETUNING, rounds=EPOCHS, eval_every=3)
 def unseen(dataset):
     """The training images that are not in the web pool."""
     pool = mini_index()["parts"]["web"]
-    taken = [
-        i
-        for origin, i in zip(pool["origin"], pool["index"], strict=True)
-        if pool["origins"][origin] == f"{dataset}/train"
-    ]
+    places = zip(pool["origin"], pool["index"], strict=True)
+    taken = [i for origin, i in places if pool["origins"][origin] == f"{dataset}/train"]
     full = load_images(dataset, "train")
     return full.subset(np.setdiff1d(np.arange(len(full)), taken))
 
@@ -54,7 +47,6 @@ def model_for(start, num_classes, seed):
 
 
 def measure(dataset, share, start, seed, out):
-    torch.set_num_threads(1)
     path = out / f"{start}_{round(100 * share):02d}percent_seed{seed}.json"
     if path.exists():
         return
@@ -63,24 +55,21 @@ def measure(dataset, share, start, seed, out):
     model = model_for(start, train.num_classes, seed)
     execution = Execution(out / "checkpoints" / path.stem, "cpu", label=path.stem)
     run = finetune(model, train, labelled, test, replace(NUMBERS, lr=RATES[start]), seed, execution)
-    save_result(
-        path,
-        {
-            "label": f"{start}_{round(100 * share):02d}",
-            "parameters": {"dataset": dataset, "start": start, "share": share, "seed": seed, "labels": len(labelled),
-                           "width": WIDTH, "epochs": EPOCHS, "lr": RATES[start], "batch_size": 32},
-            "summary": {"best": best(run.history), "last": run.history[-1]["metrics"]["top1"]},
-            "data": {"train_sha256": train.checksum(), "test_sha256": test.checksum()},
-            "provenance": provenance("cpu"),
-            "history": run.history,
-        },
-    )  # fmt: skip
+    result = {
+        "label": f"{start}_{round(100 * share):02d}",
+        "parameters": {"dataset": dataset, "start": start, "share": share, "seed": seed, "labels": len(labelled),
+                       "width": WIDTH, "epochs": EPOCHS, "lr": RATES[start], "batch_size": 32},
+        "summary": {"best": best(run.history), "last": run.history[-1]["metrics"]["top1"]},
+        "data": {"train_sha256": train.checksum(), "test_sha256": test.checksum()},
+        "provenance": provenance("cpu"),
+        "history": run.history,
+    }  # fmt: skip
+    save_result(path, result)
     print(f"{dataset} {path.name}: best {100 * best(run.history):.1f} %", flush=True)
 
 
 def choose(dataset, share, start, lr):
     """Accuracy on 2,000 training images without a label; a seed that no result uses."""
-    torch.set_num_threads(1)
     train = unseen(dataset)
     labelled = few_labels(train.labels, train.num_classes, share, seed=7)
     others = np.setdiff1d(np.arange(len(train)), labelled)
@@ -91,20 +80,14 @@ def choose(dataset, share, start, lr):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, RATES, None)
     parser.add_argument("--dataset", choices=("cifar10", "cifar100"), default="cifar10")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.01, 0.02, 0.1])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--starts", nargs="*", default=list(RATES), choices=RATES)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--choose-lr", action="store_true")
     chosen = parser.parse_args()
     out = chosen.out or RESULTS / "medium" / f"scarce_{chosen.dataset}"
-    with multiprocessing.get_context("spawn").Pool(count_cores()) as pool:
-        if chosen.choose_lr:
-            pool.starmap(
-                choose, [(chosen.dataset, chosen.shares[0], s, lr) for lr in TRIED for s in chosen.starts], chunksize=1
-            )
-        else:
-            jobs = [(chosen.dataset, p, s, k, out) for p in chosen.shares for k in chosen.seeds for s in chosen.starts]
-            pool.starmap(measure, jobs, chunksize=1)
+    if chosen.choose_lr:
+        in_processes(choose, [(chosen.dataset, chosen.shares[0], s, lr) for lr in TRIED for s in chosen.only])
+    else:
+        jobs = [(chosen.dataset, p, s, k, out) for p in chosen.shares for k in chosen.seeds for s in chosen.only]
+        in_processes(measure, jobs)

@@ -5,29 +5,24 @@
 Nothing is trained and nothing drawn, so there are no seeds. Files that are there are kept.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
+from sweep import RESULTS, laptop_run, options
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion
-from mllmfl_lite.runs import Experiment, load_federation, provenance, save_result
-from mllmfl_lite.teachers import load_zero_shot
-from mllmfl_lite.teachers.llava import load_mllm
+from mllmfl_lite.runs import load_federation, provenance, save_result
+from mllmfl_lite.teachers import load_mllm, load_zero_shot
 
-RESULTS = Path(__file__).parent.parent / "results"
 TEACHERS = {"tiny_clip": load_zero_shot, "tiny_llava": load_mllm, "efficientnet_lite2": load_zero_shot}
 
 
 def measure(name: str) -> dict:
     """Accuracy, in all, by class and by the clients' groups, and how often each class is named."""
     test, teacher = load_images("cifar10_mini", "test"), TEACHERS[name](name, device="cpu")
-    clients = load_federation(Experiment("cifar10_mini", num_clients=10)).train
+    groups = class_groups(load_federation(laptop_run("fedavg", 0).experiment).train.class_counts())
     named = teacher.class_probabilities(test.images, test.names).argmax(1).numpy()
-    confusion = confusion_matrix(test.labels, named, test.num_classes)
-    metrics = metrics_from_confusion(confusion, class_groups(clients.class_counts())).as_dict()
+    metrics = metrics_from_confusion(confusion_matrix(test.labels, named, test.num_classes), groups)
     return {
         "label": name,
         "parameters": {"teacher": teacher.identity, "dataset": "cifar10_mini", "part": "test"},
@@ -38,13 +33,9 @@ def measure(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=list(TEACHERS), choices=TEACHERS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "laptop" / "teachers")
-    chosen = parser.parse_args()
+    chosen = options(__doc__, TEACHERS, RESULTS / "laptop" / "teachers").parse_args()
     for name in chosen.only:
         path = chosen.out / f"{name}.json"
         if not path.exists():
-            result = measure(name)
-            save_result(path, result)
-            print(f"{name}: {100 * result['summary']['top1']:.1f} %", flush=True)
+            save_result(path, measure(name))
+            print(name, flush=True)
