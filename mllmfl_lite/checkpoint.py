@@ -21,11 +21,9 @@ class CheckpointError(RuntimeError):
 
 
 class RunFolder:
-    """A context manager that locks the folder.
+    """A context manager that locks a folder, made if absent.
 
-    Args:
-        path: the folder; made if absent.
-        identity: what two runs must share to be the same run (settings, checksums of data), plain JSON.
+    `identity` is what two runs must share to be the same run (settings, checksums of data): plain JSON.
     """
 
     def __init__(self, path: str | Path, identity: dict):
@@ -50,13 +48,8 @@ class RunFolder:
         """Replace the checkpoint: named tensors, and a record of plain JSON."""
         content = safetensors.torch.save({name: t.contiguous().clone() for name, t in tensors.items()})
         name = f"weights-{step:06d}.safetensors"
-        entry = {
-            "step": step,
-            "weights": name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "identity": self.identity,
-            "record": json.loads(json.dumps(record)),
-        }
+        entry = {"step": step, "weights": name, "sha256": hashlib.sha256(content).hexdigest()}
+        entry |= {"identity": self.identity, "record": json.loads(json.dumps(record))}
         try:
             write_atomically(self.path / name, content)
             write_json(self.path / "run.json", {**entry, "checksum": _checksum(entry)})
@@ -80,11 +73,10 @@ class RunFolder:
             return None
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            checksum = entry.pop("checksum")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(path, repr(error)) from error
-        if checksum != _checksum(entry):
-            raise self._damaged(path, "its checksum does not fit")
+            if entry.pop("checksum", None) != _checksum(entry):
+                raise ValueError("its checksum does not fit")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(path, error) from error
         self._same_run(entry["identity"])
         weights = self.path / entry["weights"]
         content = weights.read_bytes() if weights.exists() else b""
@@ -99,7 +91,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds another run ({changes}); use another folder, or set these back")
 
     @staticmethod
-    def _damaged(path: Path, why: str) -> CheckpointError:
+    def _damaged(path: Path, why: object) -> CheckpointError:
         return CheckpointError(f"{path} is damaged ({why}); remove the folder {path.parent} to start again")
 
 

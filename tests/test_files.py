@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.batches import FileBatches, open_batches, random_box
-from mllmfl_lite.data.folders import FOLDER_VARIABLE, read_list
+from mllmfl_lite.data.folders import FOLDER_VARIABLE, find_unreadable, read_list
 from mllmfl_lite.data.imagenet_lt import _imagenet_names
 from mllmfl_lite.data.images import UNLABELLED, ImageFiles, ImageSet
 from mllmfl_lite.federated import FedSettings
@@ -105,7 +105,7 @@ def test_a_list_of_another_form_is_refused(tmp_path, content, says):
 def test_paths_with_spaces(tmp_path):
     (tmp_path / "list.txt").write_text("my pictures/a b.png 3\n")
     paths, labels = read_list(tmp_path / "list.txt")
-    assert paths.tolist() == ["my pictures/a b.png"] and labels.tolist() == [3]
+    assert paths == ["my pictures/a b.png"] and labels.tolist() == [3]
 
 
 def test_an_official_list_must_be_whole(made, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_the_official_names_are_a_thousand():
 def test_a_list_with_a_mark_blank_lines_and_blanks_is_read(tmp_path):
     (tmp_path / "list.txt").write_bytes("\ufeffa.png 0\r\n\r\nb.png  1 \r\n\r\n".encode())
     paths, labels = read_list(tmp_path / "list.txt")
-    assert paths.tolist() == ["a.png", "b.png"] and labels.tolist() == [0, 1]
+    assert paths == ["a.png", "b.png"] and labels.tolist() == [0, 1]
 
 
 def own_set(tmp_path, monkeypatch, classes="one\ntwo\n"):
@@ -170,6 +170,30 @@ def test_a_missing_file_is_named_before_anything_trains_and_the_advice_works(tmp
     listed = tmp_path / "imagenet_lt" / "ImageNet_LT_train.txt"
     listed.write_text("".join(line for line in listed.open() if "p2" not in line))
     assert len(load_images("imagenet_lt", "train")) == 3
+
+
+def test_all_unreadable_files_are_found_on_request(tmp_path):
+    for name in ("a.jpg", "cut.jpg", "empty.jpg"):
+        picture(0, 0).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:200])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    found = find_unreadable(ImageFiles(tmp_path, ["a.jpg", "cut.jpg", "empty.jpg", "gone.jpg"]))
+    assert list(found) == ["cut.jpg", "empty.jpg", "gone.jpg"]
+    assert "cut.jpg cannot be read as an image" in found["cut.jpg"] and "0 bytes" in found["empty.jpg"]
+
+
+def test_a_list_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "list.txt").write_bytes("café/a.png 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+        read_list(tmp_path / "list.txt")
+
+
+def test_a_long_list_holds_names_only():
+    paths = [f"train/n{i // 1000:08}/{i:06}.JPEG" for i in range(100_000)] + ["x" * 250]
+    many = ImageFiles("nowhere", paths)
+    images = ImageSet(many, np.zeros(len(many), np.uint8), ("thing",), "made")
+    assert many.paths.nbytes == 8 * len(paths) and images.subset(np.array([100_000])).ids == ["x" * 250]
+    assert images.subset(np.arange(3)).checksum() == images.subset(np.arange(3)).checksum()
 
 
 def test_a_picture_that_goes_bad_later_is_named(tmp_path):
@@ -260,14 +284,14 @@ def test_half_of_the_pictures_are_flipped(here):
 
 @pytest.mark.parametrize("teacher", ["clip"])
 def test_resnet50_runs_on_files_with_a_folder_as_the_pool(here, tmp_path, teacher):
-    """Rounds and stage 3 at 64 pixels, clients from the list, an unlabelled folder as the server's pool; and again."""
+    """Rounds and stage 3 at 32 pixels, clients from the list, an unlabelled folder as the server's pool; and again."""
     settings = FedSettings(rounds=1, clients_per_round=1, local_epochs=1, batch_size=16, lr=0.01, report_rounds=1)
     (pool := tmp_path / "pool").mkdir()
     for c in range(4):
         picture(c, 5).save(pool / f"{c}.png")
     align = AlignSettings(per_class=2, epochs=1, batch_size=4, teacher=teacher)
     experiment = Experiment(
-        "imagenet_lt", model="resnet50", num_clients=12, federated=settings, image_size=64, align=align, pool=str(pool),
+        "imagenet_lt", model="resnet50", num_clients=12, federated=settings, image_size=32, align=align, pool=str(pool),
         stages=(2, 3),
     )  # fmt: skip
     _, split, _ = load_federation(experiment)

@@ -12,6 +12,7 @@ from mllmfl_lite.models import (
     load_model,
     resnet8,
     save_model,
+    with_head,
 )
 
 
@@ -100,8 +101,8 @@ def test_initial_weights_depend_on_the_seed_and_leave_torchs_generator_alone():
 def test_unknown_models_and_sizes_are_refused():
     with pytest.raises(ValueError, match="no model named 'vgg'; there are resnet8, resnet50"):
         build_model("vgg", 10)
-    with pytest.raises(ValueError, match="width must be at least 1; got 0"):
-        resnet8(10, width=0)
+    with pytest.raises(ValueError, match="must be at least 1; got 10 and 0"):
+        build_model("resnet8", 10, width=0)
 
 
 def test_the_shortcut_is_a_strided_convolution():
@@ -129,13 +130,32 @@ def test_a_saved_model_comes_back_and_anything_else_is_refused(tmp_path):
 def test_a_model_is_written_with_the_same_bytes_each_time_and_damage_is_found(tmp_path):
     model = build_model("resnet8", 3, width=4, seed=1)
     for name in "ab":
-        save_model(tmp_path / name, model, "resnet8", 4)
+        save_model(tmp_path / name, model, "resnet8", 4, ("cat", "dog", "bird"))
     content = (tmp_path / "a").read_bytes()
     assert content == (tmp_path / "b").read_bytes()
-    rng = np.random.default_rng(0)
-    for place in rng.integers(8, len(content), 40):
+    places = np.random.default_rng(0).integers(8, len(content), 40).tolist()
+    for place in [*places, content.index(b"dog"), content.index(b"bird")]:
         damaged = bytearray(content)
         damaged[place] ^= 4
         (tmp_path / "b").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"holds no model|is damaged"):
             load_model(tmp_path / "b")
+
+
+def test_class_names_travel_with_a_model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, build_model("resnet8", 2, width=2), "resnet8", 2, ("cat", "été"))
+    found = load_model(path)
+    assert found.names == ("cat", "été") and with_head(found, 2).names == ()
+    save_model(path, found, "resnet8", 2)
+    assert load_model(path).names == ("cat", "été"), "kept when it is saved again"
+    with pytest.raises(ValueError, match="2 class names, 1 given"):
+        save_model(path, found, "resnet8", 2, ("cat",))
+
+
+def test_weights_without_a_checksum_are_read(tmp_path):
+    model = build_model("resnet8", 2, width=2)
+    about = {"name": "resnet8", "width": "2", "num_classes": "2"}
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "old", about)
+    found = load_model(tmp_path / "old")
+    assert torch.equal(found.head.weight, model.head.weight) and found.names == ()

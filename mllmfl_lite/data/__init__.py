@@ -18,8 +18,7 @@ def load_images(dataset: str, part: str = "train", size: int = 224) -> ImageSet:
     Args:
         dataset: ``"cifar10_mini"`` (bundled), ``"cifar10"`` or ``"cifar100"`` (in ``$MLLMFL_DATA``, downloaded if
             absent), ``"imagenet_lt"`` (your own ImageNet folder, see `data.imagenet_lt`).
-        part: ``"train"`` or ``"test"``; ``cifar10_mini`` also has ``"web"``, the server's open images, whose labels
-            are for measuring only; ``imagenet_lt`` also has ``"val"``.
+        part: one of `PARTS`; ``"web"`` are the server's open images, whose labels are for measuring only.
         size: pixels a side at which files are read.
 
     Raises:

@@ -1,8 +1,4 @@
-"""Image sets as normalised float batches on a device, augmented a whole batch at a time.
-
-Images in memory stay one padded uint8 tensor: a random crop is an indexed read of a strided view (`Batches`). Files are
-decoded and augmented by threads that stay one batch ahead (`FileBatches`).
-"""
+"""Image sets as normalised float batches on a device, augmented a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +14,13 @@ from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.repro import count_cores
 
 # Usual channel statistics of CIFAR-10 and ImageNet. Constants: nothing is learned from a client.
-CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)
-CHANNEL_STD = (0.2470, 0.2435, 0.2616)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+CHANNEL_MEAN, CHANNEL_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRIES = 10  # random boxes drawn for a file until one fits
 
 
-def channel_statistics(size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation for images of `size` pixels a side: CIFAR's up to 32, ImageNet's above."""
-    return (CHANNEL_MEAN, CHANNEL_STD) if size <= 32 else (IMAGENET_MEAN, IMAGENET_STD)
-
-
 class Batches:
-    """An image set in memory on a device.
+    """An image set in memory, on a device: a random crop is an indexed read of a strided view.
 
     Args:
         data: the images.
@@ -43,19 +32,19 @@ class Batches:
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", padding: int = 4):
-        self.height, self.width = data.images.shape[1:3]
+        height, width = data.images.shape[1:3]
         self.padding = padding
         self.labels = torch.from_numpy(np.array(data.labels)).to(device)
         margin = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         padded = torch.from_numpy(np.pad(data.images, margin)).to(device)  # (N, H + 2p, W + 2p, 3)
-        self._windows = padded.unfold(1, self.height, 1).unfold(2, self.width, 1)  # (N, 2p + 1, 2p + 1, 3, H, W)
-        self._normalise = Normalise(CHANNEL_MEAN, CHANNEL_STD, device)
+        self._windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (N, 2p + 1, 2p + 1, 3, H, W)
+        self._normalise = _Normalise(CHANNEL_MEAN, CHANNEL_STD, device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def plain(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (B,), normalised: float32, shape (B, 3, H, W), channels last in memory."""
+        """The images at `indices` (B,), normalised: float32 (B, 3, H, W), channels last in memory."""
         return self._normalise(self._windows[indices, self.padding, self.padding])
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,26 +69,12 @@ class Batches:
         return self._normalise(torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops))
 
 
-class Normalise:
-    """Pixels uint8 (B, 3, H, W) -> float32 in units of deviations, channels last in memory."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str):
-        deviation = torch.tensor(std, device=device).view(1, 3, 1, 1)
-        self._scale = 1 / (255 * deviation)
-        self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch."""
-        floats = pixels.to(torch.float32, memory_format=torch.channels_last)
-        return floats.mul_(self._scale).add_(self._shift)
-
-
 class FileBatches:
-    """An image set in files: ImageNet's usual crops by torchvision, decoded in threads.
+    """An image set in files: ImageNet's usual crops by torchvision, decoded in threads, one batch ahead.
 
     Training sees a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3) at `size`, flipped or not.
-    Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. All chance is drawn before an
-    image is handed to a thread, so the number of threads changes nothing.
+    Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. All random numbers are drawn
+    before an image is handed to a thread, so the number of threads changes nothing.
 
     Args:
         data: the set, its images `ImageFiles`.
@@ -111,10 +86,14 @@ class FileBatches:
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", threads: int | None = None):
-        self.files, self.size = data.images, data.images.size
+        from torchvision.transforms.v2 import functional  # slow
+
+        self._functional, self._files, self._size = functional, data.images, data.images.size
         self.labels = torch.from_numpy(np.array(data.labels)).to(device)
         self._threads = ThreadPoolExecutor(threads or count_cores(), initializer=torch.set_num_threads, initargs=(1,))
-        self._normalise = Normalise(*channel_statistics(self.size), device)
+        small = self._size <= 32  # CIFAR's statistics, else ImageNet's
+        statistics = (CHANNEL_MEAN, CHANNEL_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
+        self._normalise = _Normalise(*statistics, device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -147,29 +126,35 @@ class FileBatches:
         return self._normalise(pixels.to(self.labels.device))
 
     def _part(self, index: int, drawn: list[float]) -> Tensor:
-        from torchvision.transforms.v2 import functional  # slow
-
-        image = self.files[index]
+        image = self._files[index]
         top, left, height, width = random_box(*image.size, drawn[1:])
-        pixels = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        pixels = functional.resize(pixels, [self.size, self.size], antialias=True)
-        return functional.horizontal_flip(pixels) if drawn[0] < 0.5 else pixels
+        pixels = self._functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        pixels = self._functional.resize(pixels, [self._size, self._size], antialias=True)
+        return pixels.flip(2) if drawn[0] < 0.5 else pixels
 
     def _middle(self, index: int) -> Tensor:
-        from torchvision.transforms.v2 import functional
+        pixels = self._functional.pil_to_tensor(self._files[index])
+        pixels = self._functional.resize(pixels, [math.ceil(self._size * 256 / 224)], antialias=True)
+        return self._functional.center_crop(pixels, [self._size, self._size])
 
-        pixels = functional.pil_to_tensor(self.files[index])
-        pixels = functional.resize(pixels, [math.ceil(self.size * 256 / 224)], antialias=True)
-        return functional.center_crop(pixels, [self.size, self.size])
+
+class _Normalise:
+    """Pixels uint8 (B, 3, H, W) -> float32 in units of deviations, channels last in memory."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str):
+        deviation = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self._scale = 1 / (255 * deviation)
+        self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / deviation
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        floats = pixels.to(torch.float32, memory_format=torch.channels_last)
+        return floats.mul_(self._scale).add_(self._shift)
 
 
 def random_box(width: int, height: int, drawn: list[float]) -> tuple[int, int, int, int]:
     """A random part of an image (Szegedy et al., 2015): top, left, height, width, in pixels.
 
-    Args:
-        width: of the image.
-        height: of the image.
-        drawn: numbers in [0, 1), four a try: area, shape, place. If no try fits, the middle is taken.
+    `drawn` are numbers in [0, 1), four a try: area, shape, place. If no try fits, the middle is taken.
     """
     for area, shape, down, right in zip(*(drawn[i::4] for i in range(4)), strict=True):
         wanted, ratio = (0.08 + 0.92 * area) * width * height, (3 / 4) * (16 / 9) ** shape

@@ -12,10 +12,11 @@ from PIL import Image
 
 from mllmfl_lite.data.folders import FOLDER_VARIABLE, data_folder
 from mllmfl_lite.data.images import ImageSet, checksum
+from mllmfl_lite.data.names import CIFAR10_CLASSES, CIFAR100_CLASSES
 from mllmfl_lite.repro import ASSETS
 
 MINI_FOLDER = ASSETS / "cifar10_mini"
-
+NAMES = {"cifar10": CIFAR10_CLASSES, "cifar100": CIFAR100_CLASSES}
 
 # sha256 of the uint8 pixels (N, 32, 32, 3) followed by the int64 labels, both little-endian, in the original order
 PIXELS_SHA256 = {
@@ -50,14 +51,11 @@ def cut_sheet(sheet: np.ndarray, columns: int, size: int = 32) -> np.ndarray:
 @functools.lru_cache(maxsize=3)
 def load_mini(part: str) -> ImageSet:
     """A part of the bundled set; its checksum is verified."""
-    index = mini_index()
-    entry = index["parts"][part]
+    entry = mini_index()["parts"][part]
     path = MINI_FOLDER / entry["sheet"]
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise ValueError(
-            f"{path} is damaged or missing; take it again from the repository (git checkout -- {path.name})"
-        )
+        raise ValueError(f"{path} is damaged or missing; install the package again (git checkout -- {path.name})")
     with Image.open(path) as sheet:
         images = cut_sheet(np.asarray(sheet.convert("RGB")), entry["columns"])
     labels = np.asarray(entry["labels"], dtype=np.int64)
@@ -69,20 +67,20 @@ def load_cifar(dataset: str, part: str) -> ImageSet:
     """A part of a full set, compared with the checksum of the originals; downloaded if absent."""
     folder = data_folder()
     packed = folder / f"{dataset}.npz"
-    images, labels, names = _read_npz(packed, part) if packed.exists() else _torchvision(folder, dataset, part)
+    images, labels = _read_npz(packed, part) if packed.exists() else _torchvision(folder, dataset, part)
     check_pixels(dataset, part, images, labels)
-    return ImageSet(images, labels, names, f"{dataset}/{part}")
+    return ImageSet(images, labels, NAMES[dataset], f"{dataset}/{part}")
 
 
-def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return arrays[f"x_{part}"], arrays[f"y_{part}"], tuple(arrays["names"].tolist())
-    except Exception as error:
+            return arrays[f"x_{part}"], arrays[f"y_{part}"]
+    except Exception as error:  # of zip, zlib and numpy
         raise ValueError(f"{path} cannot be read ({error}); remove it and make it again") from error
 
 
-def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     from torchvision.datasets import CIFAR10, CIFAR100  # slow
     from torchvision.datasets.utils import check_integrity
 
@@ -103,4 +101,4 @@ def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.
             f"(from {source.url}), unpacked or not, into a folder and set {FOLDER_VARIABLE} to it"
             + (", or make cifar10.npz with scripts/cifar10_from_npm.py" if dataset == "cifar10" else "")
         ) from error
-    return loaded.data, np.asarray(loaded.targets, dtype=np.int64), tuple(loaded.classes)
+    return loaded.data, np.asarray(loaded.targets, dtype=np.int64)

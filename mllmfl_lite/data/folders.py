@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from mllmfl_lite.data.images import UNLABELLED, ImageFiles, ImageSet
-from mllmfl_lite.data.pictures import is_picture
+from mllmfl_lite.data.pictures import is_picture, printable
+from mllmfl_lite.repro import count_cores
 
 FOLDER_VARIABLE = "MLLMFL_DATA"
-ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
-SHOWN = 10  # files named in a message
+ENDINGS = (
+    *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl"),
+    *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # how names of hidden copies begin
+SHOWN = 10  # names in a message
 
 
 def data_folder() -> Path:
@@ -33,11 +40,12 @@ def data_folder() -> Path:
 
 def find_folder(name: str) -> Path:
     """A folder by its path, or by its name in `data_folder`."""
-    return Path(name) if Path(name).is_dir() else data_folder() / name
+    path = Path(name).expanduser()
+    return path if path.is_dir() else data_folder() / name
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file (UTF-8, with or without byte-order mark) that are not blank, with their numbers.
+    """The lines of a UTF-8 text file that are not blank, without blanks around them, with their numbers.
 
     Raises:
         ValueError: the file is absent or not UTF-8.
@@ -46,45 +54,59 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); put it there, or convert it") from error
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def read_list(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a list file with a line ``path label`` each: paths, str (N,), and labels, int64 (N,).
+def read_list(path: str | Path) -> tuple[list[str], np.ndarray]:
+    """Read a list file with a line ``path label`` each: paths (N,), and labels, int64 (N,).
 
     Raises:
         ValueError: no such file, no lines, or a line of another form, which is named.
     """
-    pairs = []
+    paths, labels = [], []
     for number, line in read_lines(Path(path)):
-        pair = line.rsplit(maxsplit=1)
-        if len(pair) != 2 or not (pair[1].isascii() and pair[1].isdigit() and len(pair[1]) < 10):
+        name, _, label = line.replace("\t", " ").rpartition(" ")
+        if not name.strip() or not (label.isascii() and label.isdigit() and len(label) < 10):
             raise ValueError(
                 f"line {number} of {path} must be a path and a class number, as in "
                 f"'train/n01440764/n01440764_762.JPEG 0'; it is {line[:100]!r}"
             )
-        pairs.append(pair)
-    if not pairs:
+        paths.append(name.strip())
+        labels.append(int(label))
+    if not paths:
         raise ValueError(f"the list {path} has no lines; fetch it again")
-    paths, labels = zip(*pairs, strict=True)
-    return np.array(paths), np.array(labels, dtype=np.int64)
+    return paths, np.array(labels, dtype=np.int64)
 
 
 def require_files(files: ImageFiles, advice: str) -> None:
     """Raise `ValueError` if files are absent, with their number, the first names and the advice. None is opened."""
     missing = [path for path in files.paths if not os.path.isfile(os.path.join(files.root, path))]
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ValueError(
-            f"{len(missing)} of {len(files)} listed images are missing below {files.root}: "
-            f"{', '.join(missing[:SHOWN])}{more}. {advice}"
+            f"{len(missing)} of {len(files)} listed images are missing below {files.root}: {_some(missing)}. {advice}"
         )
+
+
+def find_unreadable(files: ImageFiles) -> dict[str, str]:
+    """Open every image and return the paths of those that cannot be used, with the reason."""
+
+    def problem(i: int) -> str:
+        try:
+            files[i]
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(count_cores()) as threads:
+        reasons = threads.map(problem, range(len(files)))
+        return {path: reason for path, reason in zip(files.paths, reasons, strict=True) if reason}
 
 
 def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
     """The images in a folder and the folders inside it, as an unlabelled set; ids are their paths in it.
 
     Hidden files and folders are skipped. Files are chosen by ending or by their first bytes, and opened when needed.
+    What has an image's ending and is no regular file is skipped with a warning, as are folders that lead in a circle.
 
     Args:
         folder: that holds the images.
@@ -93,22 +115,42 @@ def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
     Raises:
         ValueError: no such folder, or no image in it.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
-    names, special = [], []
-    for place, inside, files in os.walk(folder):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        special += [os.path.join(place, name) for name in inside if Path(name).suffix.lower() in ENDINGS]
-        for path in (Path(place, name) for name in files if not name.startswith(".")):
-            known = path.suffix.lower() in ENDINGS
-            if path.is_file() and (known or is_picture(path)):
-                names.append(path.relative_to(folder).as_posix())
-            elif known:
-                special.append(str(path))
-    if special:
-        warnings.warn(f"skipped, no regular files: {', '.join(sorted(special)[:SHOWN])}", stacklevel=2)
-    if not names:
-        raise ValueError(f"{folder} holds no image; known endings: {' '.join(sorted(ENDINGS))}")
-    files = ImageFiles(folder, np.array(sorted(names)), size)
+    found, skipped = _walk(folder)
+    if skipped:
+        warnings.warn(f"skipped, no regular files or folders: {_some(skipped)}", stacklevel=2)
+    if not found:
+        raise ValueError(f"{folder} holds no image; known endings: {' '.join(ENDINGS)}")
+    files = ImageFiles(folder, np.array([path.relative_to(folder).as_posix() for path in found], object), size)
     return ImageSet(files, np.zeros(len(files), np.int64), UNLABELLED, folder.name)
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images below a folder, and what was skipped. Each folder is entered once, links last."""
+    images, skipped, entered = [], [], set()
+    folders, links = [folder], []
+    while waiting := folders or links:
+        place = waiting.pop()
+        try:
+            if (real := os.path.realpath(place)) in entered:
+                raise OSError("entered before")
+            entered.add(real)
+            for path in sorted(path for path in place.iterdir() if not path.name.startswith(HIDDEN)):
+                known = path.suffix.lower() in ENDINGS
+                if path.is_file():
+                    images += [path] if known or is_picture(path) else []
+                elif known:
+                    skipped.append(path)
+                elif path.is_dir():
+                    (links if path.is_symlink() else folders).append(path)
+        except OSError:
+            skipped.append(place)
+    return sorted(images), sorted(skipped)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")

@@ -14,7 +14,7 @@ IMAGENET_LT = {"train": 115_846, "val": 20_000, "test": 50_000}  # images in eac
 
 
 def load_imagenet_lt(part: str, size: int) -> ImageSet:
-    """One part, as files that are opened when needed.
+    """One part, as files that are opened when needed; `folders.find_unreadable` opens them all.
 
     Raises:
         ValueError: a list or listed files are absent, or lists and class names do not fit.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ class ImageFiles:
 
     Attributes:
         root: the folder.
-        paths: of the files below it, str (N,).
+        paths: of the files below it (N,), strings.
         size: pixels a side at which training and testing see them.
     """
 
@@ -30,6 +32,7 @@ class ImageFiles:
     size: int = 224
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", np.asarray(self.paths, dtype=object))  # no padding to the longest name
         if self.size < 1:
             raise ValueError(f"size must be at least 1 pixel; got {self.size}")
 
@@ -51,9 +54,9 @@ class ImageSet:
     """Images with labels. What enters is checked and converted here, once.
 
     Attributes:
-        images: uint8 (N, H, W, 3), RGB; one channel is repeated. Or `ImageFiles`.
+        images: uint8 (N, H, W, 3), RGB, contiguous; one channel is repeated. Or `ImageFiles`.
         labels: whole numbers (N,), indices into `names`; kept as int64.
-        names: the class names, not empty, each once.
+        names: the class names, not empty, each once; blanks around them are removed.
         origin: where the images come from, e.g. ``"cifar10_mini/train"``.
     """
 
@@ -87,7 +90,7 @@ class ImageSet:
     def ids(self) -> list[str]:
         """A name for each image: its path, or its number with as many digits as the longest."""
         if isinstance(self.images, ImageFiles):
-            return [str(path) for path in self.images.paths]
+            return self.images.paths.tolist()
         digits = len(str(max(0, len(self) - 1)))
         return [f"{i:0{digits}d}" for i in range(len(self))]
 
@@ -107,21 +110,24 @@ class ImageSet:
         """sha256 of pixels (for files: of size and names) and labels."""
         return checksum(self.images, self.labels)
 
-    def require_same_classes(self, other: ImageSet) -> None:
-        """Raise `ValueError` unless both sets have the same class names in the same order."""
-        if self.names != other.names:
-            differing = [pair for pair in zip(self.names, other.names, strict=False) if pair[0] != pair[1]]
-            first = f"class {self.names.index(differing[0][0])} is {differing[0]}" if differing else "one has more"
+    def require_same_classes(self, other: object) -> None:
+        """Raise `ValueError` unless the other set or model has the same class names in the same order.
+
+        A model that does not know its class names passes.
+        """
+        names, owner = tuple(getattr(other, "names", ())), getattr(other, "origin", "the model")
+        if names and names != self.names:
+            mine, theirs = next(pair for pair in zip_longest(self.names, names) if pair[0] != pair[1])
             raise ValueError(
-                f"{self.origin} and {other.origin} must have the same class names in the same order: {first}"
+                f"{self.origin} and {owner} must have the same class names in the same order; the first difference is "
+                f"{mine!r} and {theirs!r}"
             )
 
 
 def checksum(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
     """sha256 of pixels (for files: of size and names) and labels."""
     if isinstance(images, ImageFiles):
-        content = "\n".join([str(images.size), *images.paths.tolist()]).encode(errors="surrogateescape")
-        digest = hashlib.sha256(content)
+        digest = hashlib.sha256("\n".join([str(images.size), *images.paths]).encode(errors="surrogateescape"))
     else:
         digest = hashlib.sha256(np.ascontiguousarray(images))
     digest.update(np.ascontiguousarray(labels, dtype="<i8"))
@@ -129,31 +135,32 @@ def checksum(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
 
 
 def _three_channels(images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8 and images.ndim == 3:
-        images = images[..., None]
-    if images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 1:
-        return np.repeat(images, 3, axis=3)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 (N, H, W, 3); these are {images.dtype} of shape {images.shape}")
-    return images
+    shaped = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or shaped.ndim != 4 or shaped.shape[3] not in (1, 3) or 0 in shaped.shape[1:]:
+        raise ValueError(
+            f"images must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W); these are {images.dtype} of shape "
+            f"{images.shape}: move channels to the end, scale values to 0..255"
+        )
+    return np.ascontiguousarray(np.repeat(shaped, 3, axis=3) if shaped.shape[3] == 1 else shaped)
 
 
 def _whole_numbers(labels: np.ndarray) -> np.ndarray:
-    if labels.dtype.kind not in "iu" and len(labels):
-        raise ValueError(f"labels must be whole numbers; these are {labels.dtype}, such as {labels.flat[0]!r}")
-    if len(labels) and labels.max() > 2**62:
+    if labels.size and labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be whole numbers, such as int64; these are {labels.dtype}, the first is {labels.flat[0]!r}"
+        )
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise ValueError(f"labels must be small whole numbers; the largest is {labels.max()}")
     return labels.astype(np.int64, copy=False)
 
 
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    cleaned = tuple(" ".join(str(name).split()) for name in names)
-    if (
-        repeated := sorted({name for name in cleaned if cleaned.count(name) > 1})
-        if len(set(cleaned)) < len(cleaned)
-        else []
-    ):
-        raise ValueError(f"each class name must stand once; {repeated[0]!r} stands {cleaned.count(repeated[0])} times")
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class names must be a sequence of strings; got {names!r:.100}")
+    cleaned = [" ".join(unicodedata.normalize("NFC", name).split()) for name in names]
     if "" in cleaned:
         raise ValueError(f"class names must not be empty; number {cleaned.index('')} of {len(cleaned)} is")
-    return cleaned
+    if len(set(cleaned)) < len(cleaned):
+        twice = next(name for i, name in enumerate(cleaned) if name in cleaned[:i])
+        raise ValueError(f"each class name must stand once; {twice!r} stands {cleaned.count(twice)} times")
+    return tuple(cleaned)

@@ -25,15 +25,11 @@ SUPERCLASSES = {
     "vehicle": "bicycle bus motorcycle pickup_truck train",
     "machine": "lawn_mower rocket streetcar tank tractor",
 }
-
-
 SUPERCLASS_OF = {fine: noun for noun, members in SUPERCLASSES.items() for fine in members.split()}
-
-
 SPOKEN = {"orange": "orange fruit", "plain": "grassy plain", "can": "tin can"}  # whose names mean something else, too
-
-
 SYNONYMS = {"airplane": "plane", "automobile": "car", "ship": "boat"}
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100_CLASSES = tuple(sorted(SUPERCLASS_OF))
 
 
 def with_article(noun: str) -> str:
@@ -50,6 +46,3 @@ def words_for(name: str) -> tuple[str, ...]:
     """The words that name a class: its own, a synonym, and for CIFAR-100 its superclass's noun."""
     more = (SYNONYMS.get(name), SUPERCLASS_OF.get(name))
     return (spoken(name), *(word for word in more if word))
-
-
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

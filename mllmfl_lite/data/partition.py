@@ -1,7 +1,4 @@
-"""Long tails, client splits and class groups: pure functions of labels and a seed.
-
-A split is a list with one int64 array of indices a client. Nothing here looks at a pixel.
-"""
+"""Client splits: pure functions of labels and a seed. A split is a list with one array of indices a client."""
 
 from __future__ import annotations
 
@@ -9,20 +6,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllmfl_lite.data.longtail import _count_labels
+from mllmfl_lite.data.longtail import count_labels
 from mllmfl_lite.repro import numpy_generator
 
 Split = list[np.ndarray]
+SPLITS = ("iid", "dirichlet", "dirichlet_equal", "one_class_per_client")
+
+
+def split_clients(kind: str, labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Split:
+    """The split of that name, one of `SPLITS`; `alpha` is for the Dirichlet kinds."""
+    if kind not in SPLITS:
+        raise ValueError(f"no split named {kind!r}; there are {', '.join(SPLITS)}")
+    if kind.startswith("dirichlet"):
+        return {"dirichlet": dirichlet, "dirichlet_equal": dirichlet_equal}[kind](labels, num_clients, alpha, seed)
+    return {"iid": iid, "one_class_per_client": one_class_per_client}[kind](labels, num_clients, seed)
 
 
 def iid(labels: np.ndarray, num_clients: int, seed: int) -> Split:
-    """Every client a random share of all images: equal sizes, the global class mix."""
+    """Give every client a random share of all images, of equal size give or take one."""
     _check_clients(labels, num_clients)
     return _sorted(np.array_split(numpy_generator(seed, "iid").permutation(len(labels)), num_clients))
 
 
 def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Split:
-    """The extreme of skew, for teaching: client k holds images of class ``k % C`` only; clients of a class share it.
+    """Give client k images of class ``k % C`` only; clients of a class share it. For teaching.
 
     Raises:
         ValueError: fewer clients than classes (images would be lost), or more clients on a class than it has images.
@@ -36,8 +43,8 @@ def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Spl
     split: Split = [np.empty(0, np.int64)] * num_clients
     for position, c in enumerate(classes):
         holders = range(position, num_clients, len(classes))
-        own = rng.permutation(np.flatnonzero(labels == c))
-        for client, share in zip(holders, np.array_split(own, len(holders)), strict=True):
+        indices = rng.permutation(np.flatnonzero(labels == c))
+        for client, share in zip(holders, np.array_split(indices, len(holders)), strict=True):
             split[client] = share
     check_split(split)
     return _sorted(split)
@@ -46,7 +53,7 @@ def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Spl
 def dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, seed: int, min_per_client: int = 1, max_draws: int = 1000
 ) -> Split:
-    """Each class is dealt to the clients in proportions drawn from Dirichlet(alpha) (Yurochkin et al., 2019).
+    """Deal each class to the clients in proportions drawn from Dirichlet(alpha) (Yurochkin et al., 2019).
 
     Small `alpha`: a client sees few classes, and clients differ in size. Large `alpha`: close to IID. The whole draw
     is repeated until every client holds `min_per_client` images.
@@ -67,12 +74,10 @@ def dirichlet(
 
 
 def dirichlet_equal(labels: np.ndarray, num_clients: int, alpha: float, seed: int, capped: bool = True) -> Split:
-    """The baselines' split: a capped Dirichlet draw whose lists are joined and cut again into equal runs.
+    """The split of CReFF and CLIP2FL: a capped Dirichlet draw whose lists are joined and cut into equal runs.
 
-    Capped: classes are dealt in order, head first, and a client that has reached the mean size takes no more. Then
-    all lists are joined and cut into runs of equal length, give or take one. Sizes are equal, and the tail, dealt
-    last, falls to few clients. CReFF and CLIP2FL partition so; the chapter on long-tailed clients measures what each
-    of the two steps does, with ``capped=False`` for the second alone.
+    Capped: classes are dealt in order, and a client that has reached the mean size takes no more. So the last classes
+    fall to few clients. ``capped=False`` cuts only.
 
     Raises:
         ValueError: `alpha` not positive, or more clients than images.
@@ -89,38 +94,30 @@ def _deal(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Gen
     hands: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     sizes = np.zeros(num_clients, np.int64)
     for c in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == c))
+        indices = rng.permutation(np.flatnonzero(labels == c))
         shares = rng.dirichlet(np.full(num_clients, float(alpha)))
         if capped:
             shares = _share_among(sizes < len(labels) / num_clients, shares)
-        cuts = (np.cumsum(shares)[:-1] * len(own)).astype(np.int64)
-        for k, share in enumerate(np.split(own, cuts)):
+        cuts = (np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
+        for k, share in enumerate(np.split(indices, cuts)):
             hands[k].append(share)
             sizes[k] += len(share)
     return [np.concatenate(hand) for hand in hands]
 
 
 def _share_among(open_: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """`shares` restricted to the clients still open, summing to 1; even shares where the draw left them nothing."""
+    """`shares` restricted to the clients still open, summing to 1; even shares if the draw left them nothing."""
     kept = np.where(open_, shares, 0.0)
     return kept / kept.sum() if kept.sum() > 0 else open_ / open_.sum()
 
 
-SPLITS = ("iid", "dirichlet", "dirichlet_equal", "one_class_per_client")
-
-
-def split_clients(kind: str, labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Split:
-    """The split named `kind`, one of `SPLITS`; `alpha` is used by the Dirichlet kinds only."""
-    if kind not in SPLITS:
-        raise ValueError(f"no split named {kind!r}; there are {', '.join(SPLITS)}")
-    if kind.startswith("dirichlet"):
-        return {"dirichlet": dirichlet, "dirichlet_equal": dirichlet_equal}[kind](labels, num_clients, alpha, seed)
-    return {"iid": iid, "one_class_per_client": one_class_per_client}[kind](labels, num_clients, seed)
+def _sorted(split: Split) -> Split:
+    return [np.sort(indices) for indices in split]
 
 
 def check_split(split: Split) -> None:
     """Raise `ValueError` if there is no client, or a client without an image (named)."""
-    empty = [k for k, own in enumerate(split) if len(own) == 0]
+    empty = [k for k, indices in enumerate(split) if len(indices) == 0]
     if empty or not split:
         raise ValueError(
             f"every client needs at least one image; clients {empty} of {len(split)} have none. "
@@ -129,29 +126,25 @@ def check_split(split: Split) -> None:
 
 
 def _check_clients(labels: np.ndarray, num_clients: int, min_per_client: int = 1) -> None:
-    if not 1 <= num_clients * max(min_per_client, 1) <= len(labels):
+    most = len(labels) // max(min_per_client, 1)
+    if not 1 <= num_clients <= most:
         raise ValueError(
             f"{num_clients} clients with at least {min_per_client} images each cannot share {len(labels)} images; "
-            f"use 1 to {len(labels) // max(min_per_client, 1)} clients"
+            f"use 1 to {most} clients"
         )
-
-
-def _sorted(split: Split) -> Split:
-    return [np.sort(own) for own in split]
 
 
 @dataclass(frozen=True)
 class SplitFigures:
-    """The figures that describe a split.
+    """What describes a split.
 
     Attributes:
-        counts: images of each class at each client, int64, shape (K, C).
-        sizes: images at each client, shape (K,).
-        classes_per_client: classes of which a client holds an image, shape (K,).
-        clients_per_class: clients that hold an image of the class, shape (C,).
-        skew: total-variation distance between each client's class mix and the mix of all images, shape (K,);
-            0 = the same mix, towards 1 = nothing in common.
-        effective_classes: exponential of the entropy of each client's class mix, shape (K,): 1 = one class only.
+        counts: images of each class at each client, int64 (K, C).
+        sizes: images at each client (K,).
+        classes_per_client: classes of which a client holds an image (K,).
+        clients_per_class: clients that hold an image of the class (C,).
+        skew: total-variation distance of each client's class mix from the mix of all images (K,).
+        effective_classes: exponential of the entropy of each client's class mix (K,); 1 = one class only.
     """
 
     counts: np.ndarray
@@ -163,21 +156,11 @@ class SplitFigures:
 
 
 def describe_split(labels: np.ndarray, split: Split, num_classes: int) -> SplitFigures:
-    """Count and measure a split; see `SplitFigures`.
-
-    Raises:
-        ValueError: an empty client, or labels outside the classes.
-    """
+    """Count and measure a split; an empty client, or labels outside the classes, is a `ValueError`."""
     check_split(split)
-    counts = np.stack([_count_labels(labels[own], num_classes) for own in split])
+    counts = np.stack([count_labels(labels[indices], num_classes) for indices in split])
     mix = counts / counts.sum(1, keepdims=True)
     overall = counts.sum(0) / counts.sum()
     entropy = -(mix * np.log(mix, where=mix > 0, out=np.zeros_like(mix))).sum(1)
-    return SplitFigures(
-        counts=counts,
-        sizes=counts.sum(1),
-        classes_per_client=(counts > 0).sum(1),
-        clients_per_class=(counts > 0).sum(0),
-        skew=np.abs(mix - overall).sum(1) / 2,
-        effective_classes=np.exp(entropy),
-    )
+    held, skew = counts > 0, np.abs(mix - overall).sum(1) / 2
+    return SplitFigures(counts, counts.sum(1), held.sum(1), held.sum(0), skew, np.exp(entropy))

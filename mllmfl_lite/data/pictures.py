@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000
+MAX_BYTES = 1_000_000_000
 MIN_SIDE = 8
 MAX_RATIO = 50  # of the longer side to the shorter
 PNG = b"\x89PNG\r\n\x1a\n"
-SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF8", b"BM", b"II*\0", b"MM\0*")
+SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")  # of an ftyp box, in which videos begin as well
 TURNS = {  # EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,7 +29,9 @@ TURNS = {  # EXIF orientation
 
 
 def open_picture(content: bytes | Path, name: str) -> Image.Image:
-    """Open an image as upright RGB. Transparent pixels become white; 16-bit and float grey is scaled to 0..255.
+    """Open an image as upright RGB, the first frame if it moves.
+
+    Transparent pixels become white. 16-bit, 32-bit and float grey is scaled from darkest to brightest.
 
     Args:
         content: the file, or its bytes.
@@ -35,15 +40,20 @@ def open_picture(content: bytes | Path, name: str) -> Image.Image:
     Raises:
         ValueError: unreadable, truncated, tiny, oversized, very thin, or with pixels that are not numbers.
     """
+    name = printable(name)
     try:
-        data = content if isinstance(content, bytes) else Path(content).read_bytes()
-        with Image.open(io.BytesIO(_without_text(data))) as image:
-            _check_size(*image.size, name)
+        data = content if isinstance(content, bytes) else _read(Path(content))
+        with Image.open(io.BytesIO(_without_metadata(data))) as image:
+            _check(image)
             turned = TURNS.get(_orientation(image))
+            if data.startswith(PNG):
+                _mend_transparency(image, depth=data[24])
             rgb = _as_rgb(image)
         return rgb.transpose(turned) if turned is not None else rgb
     except _Refused as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{name} {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} cannot be read as an image ({len(data):,} bytes of no known format)") from None
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
 
@@ -52,36 +62,62 @@ class _Refused(ValueError):
     """A rule of ours, not a decoder's error."""
 
 
-def _check_size(width: int, height: int, name: str) -> None:
-    size = f"{name} has {width} x {height} pixels"
+def printable(name: str) -> str:
+    """The name with line breaks, and bytes that are no UTF-8, escaped."""
+    return repr(str(name))[1:-1]
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise _Refused("is not a regular file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise _Refused(f"has {size:,} bytes, more than {MAX_BYTES:,}; make it smaller first")
+    return path.read_bytes()
+
+
+def _check(image: Image.Image) -> None:
+    width, height = image.size
+    if image.format == "EPS":
+        raise _Refused("is a PostScript program; convert it to PNG first")
     if width * height > MAX_PIXELS:
-        raise _Refused(f"{size}, more than {MAX_PIXELS:,}; make it smaller first")
+        raise _Refused(f"has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller first")
     if min(width, height) < MIN_SIDE:
-        raise _Refused(f"{size}; at least {MIN_SIDE} a side are needed")
+        raise _Refused(f"has {width} x {height} pixels; at least {MIN_SIDE} a side are needed")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise _Refused(f"{size}; the longer side may be at most {MAX_RATIO} times the shorter, so crop it first")
+        raise _Refused(f"has {width} x {height} pixels; a side may be {MAX_RATIO} times the other: crop it first")
 
 
-def _without_text(data: bytes) -> bytes:
-    """Drop a PNG's text chunks: they may hold megabytes that a decoder refuses to unpack."""
+def _without_metadata(data: bytes) -> bytes:
+    """Drop what may be broken or huge and makes no pixel: a PNG's texts and profile, a JPEG's index of more images."""
+    if data.startswith(b"\xff\xd8"):
+        return re.sub(rb"(\xff\xe2..)MPF\0", rb"\1none", data, count=1, flags=re.DOTALL)
     if not data.startswith(PNG):
         return data
     kept, place = [PNG], len(PNG)
     while place + 8 <= len(data):
         (length,) = struct.unpack(">I", data[place : place + 4])
-        end = place + 12 + length
-        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
-            kept.append(data[place:end])
-        place = end
+        kind = data[place + 4 : place + 8]
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):  # critical chunks begin with a capital
+            kept.append(data[place : place + 12 + length])
+        place += 12 + length
     return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1 (upright) if the metadata is broken."""
     try:
-        return image.getexif().get(0x0112, 1)
+        return int(image.getexif().get(0x0112, 1))
     except Exception:  # broken metadata raises many kinds, and the pixels are whole
         return 1
+
+
+def _mend_transparency(image: Image.Image, depth: int) -> None:
+    """Pillow scales a PNG's pixels to 8 bits, but not its transparent colour."""
+    colour = image.info.get("transparency")
+    if image.mode in ("1", "L") and isinstance(colour, int) and depth < 8:
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    if image.mode == "RGB" and isinstance(colour, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -94,26 +130,33 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit or float grey, from darkest to brightest; a transparent value becomes white."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("it has pixels that are not finite numbers")
-    low, high = values.min(), values.max()
-    grey = ((values - low) * (255 / max(1e-6, high - low))).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey = np.where(values == clear, 255, grey).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        raise _Refused("has pixels that are not finite numbers")
+    colour = image.info.get("transparency")
+    clear = values == colour if isinstance(colour, int) else np.zeros(values.shape, bool)
+    seen = values[~clear]
+    low, high = (seen.min(), seen.max()) if seen.size else (0.0, 0.0)
+    if low < high:
+        values -= low
+        values /= high - low
+        values *= 255
+    elif image.mode.startswith("I;16"):
+        values /= 257
+    values[clear] = 255
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: str | Path) -> bool:
     """Return True if the file begins as an image does."""
     try:
         with open(path, "rb") as file:
             start = file.read(16)
     except OSError:
         return False
-    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP") or start[4:8] == b"ftyp"
+    bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
+    boxed = (start[:4] == b"RIFF" and start[8:12] == b"WEBP") or (start[4:8] == b"ftyp" and start[8:12] in BRANDS)
+    return start.startswith(SIGNATURES) or bitmap or boxed
 
 
 def as_pil(image: Image.Image | np.ndarray) -> Image.Image:

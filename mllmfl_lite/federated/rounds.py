@@ -205,7 +205,7 @@ class _Rounds:
         parts = torch.arange(len(self.test), device=self.test.labels.device).split(EVAL_PART)
         predictions = torch.cat([job.result() for job in [workers.submit(test_part, part) for part in parts]])
         confusion = confusion_matrix(self.test_labels, predictions.cpu().numpy(), self.num_classes)
-        return metrics_from_confusion(confusion, self.groups).as_dict()
+        return metrics_from_confusion(confusion, self.groups)
 
 
 def _identity(model, federation, method, settings, seed) -> dict:
