@@ -83,7 +83,8 @@ def save(name, width, height, title, *parts):
         f'<path d="M0 0 L10 5 L0 10 z" fill="{INK}"/></marker></defs>'
         + box(0.5, 0.5, width - 1, height - 1, "#ffffff", "#dfe4ea", 14)
         + "".join(parts)
-        + "</svg>\n"
+        + "</svg>\n",
+        encoding="utf-8",
     )
 
 
@@ -406,7 +407,8 @@ def logo():
     (FIGURES / "logo.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><title>mllmfl_lite</title>'
         + "".join(parts)
-        + "</svg>\n"
+        + "</svg>\n",
+        encoding="utf-8",
     )
 
 

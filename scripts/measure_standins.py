@@ -57,7 +57,7 @@ def size_of(folder: str) -> str:
 
 def write_cards(figures: dict) -> None:
     for key, of in figures.items():
-        folder, card = BUNDLED[key], (CARDS / f"{key}.md").read_text()
+        folder, card = BUNDLED[key], (CARDS / f"{key}.md").read_text(encoding="utf-8")
         rows = [f"| {what} | {100 * value:.1f} % |" for what, value in of["test"].items()]
         content = card.format(
             size=size_of(folder),
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cards", action="store_true", help="write the cards from the figures that are there")
     args = parser.parse_args()
-    figures = json.loads(FIGURES.read_text())
+    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
     if not args.cards:
         test = load_images("cifar10_mini", "test")
         figures["tiny_clip"]["test"], figures["tiny_llava"]["test"] = measure_clip(test), measure_llava(test)
