@@ -17,7 +17,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from mllmfl_lite.federated import FedAvg, Task, train_client
+from mllmfl_lite import federated
 from peers import batches_of, in_order, job
 
 ONE_CORE = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": CORES}}
@@ -39,7 +39,7 @@ def train_as_engine(state, client, round_, width, equal):
     model, _, split, settings = client_job(width, 1, equal)
     model.to(memory_format=torch.channels_last)
     own, batches = torch.as_tensor(split[client]), our_batches(width, equal)
-    train_client(model, batches, own, FedAvg(), settings, Task(state, {}, round_, client))
+    federated.train_client(model, batches, own, federated.FedAvg(), settings, federated.Task(state, {}, round_, client))
     return model.state_dict()
 
 
