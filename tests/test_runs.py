@@ -1,8 +1,7 @@
-"""Runs from files: every file of the book, wrong lines, missing weights, kill and resume, the sweep."""
+"""One experiment: its configuration, its results file, its stages in one folder, kill and resume."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,406 +9,450 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import yaml
+from PIL import Image
 
-from mllmfl_lite import runs
-from mllmfl_lite.federated.methods import FedSettings
-from mllmfl_lite.models import load_model
-from mllmfl_lite.runs.experiment import Experiment
-from mllmfl_lite.runs.launch import (
-    NOTEBOOK,
-    RUNS,
-    RunError,
-    find_files,
-    main,
-    notebook_parameters,
-    pipeline_of,
-    read_run,
+from mllmfl_lite.checkpoint import CheckpointError, RunFolder
+from mllmfl_lite.data import load_images
+from mllmfl_lite.federated import ClientDiverged, FedProx, FedSettings
+from mllmfl_lite.models import load_model, save_model, with_head
+from mllmfl_lite.repro import sha256_arrays
+from mllmfl_lite.runs import (
+    Experiment,
+    experiment_of,
+    load_federation,
+    load_result,
+    load_results,
+    parameters_of,
+    run_experiment,
+    save_result,
 )
-from mllmfl_lite.runs.results import differences, load_result, save_result
+from mllmfl_lite.runs import run as run_module
+from mllmfl_lite.runs import stage1 as module
+from mllmfl_lite.runs.parts import initial_model, make_method
+from mllmfl_lite.runs.results import result_path
+from mllmfl_lite.runs.stage1 import stage_one
+from mllmfl_lite.stages.align import AlignSettings
+from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.records import bundled_annotations
+from mllmfl_lite.teachers.clip import ClipTeacher
 
-FILES = sorted(RUNS.rglob("*.yaml"))
-ROOT = Path(__file__).parent.parent
-PYTHON = {"str": str, "int": int, "float": (int, float), "bool": bool}
-TINY = {
-    "rounds": 4, "report_rounds": 1, "width": 4, "batch_size": 64, "local_epochs": 1, "num_clients": 4,
-    "clients_per_round": 2, "align": True, "align_teacher": "clip", "align_epochs": 1, "align_per_class": 5,
-}  # fmt: skip
-
-
-def write(path, **values):
-    path.write_text(yaml.safe_dump(values))
-    return path
+ROUNDS = FedSettings(rounds=3, clients_per_round=2, local_epochs=1, batch_size=64, report_rounds=1)
+QUICK = Experiment("cifar10_mini", num_clients=4, width=2, federated=ROUNDS)
+ALL = replace(
+    QUICK,
+    stages=(1, 2, 3),
+    pretrain=PretrainSettings(epochs=1, checkpoint_every=1),
+    align=AlignSettings(per_class=3, epochs=2, teacher="clip"),
+)
+pytestmark = pytest.mark.filterwarnings("ignore:the pool has fewer")
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    return write(tmp_path / "tiny.yaml", label="tiny", folder=str(tmp_path / "out"), **TINY)
+def small(monkeypatch):
+    make_small(monkeypatch.setattr)
 
 
-# ------------------------------------------------------------------------------------------------------- the files
+def make_small(put):
+    """Let 120 images of all kinds be the pool, so that a run takes seconds."""
+    few = load_images("cifar10_mini", "web").subset(np.arange(0, 3000, 25))
+    mine = {f"{25 * k:04d}": f"{k:03d}" for k in range(len(few))}
+    records = [replace(r, id=mine[r.id]) for r in bundled_annotations() if r.id in mine]
+    put(module, "load_pool", lambda experiment: few)
+    put(run_module, "load_pool", lambda experiment: few)
+    put(module, "bundled_annotations", lambda: records)
 
 
-def test_there_is_a_file_for_every_scale_benchmark_and_method():
-    names = {path.relative_to(RUNS).as_posix() for path in FILES}
-    paper = [f"{d}_lt_if{f}" for d in ("cifar10", "cifar100") for f in (10, 50, 100)] + ["imagenet_lt"]
-    wanted = {"paper": paper, "medium": paper, "laptop": [f"cifar10_mini_lt_if{f}" for f in (10, 50, 100)]}
-    methods = ("fedavg", "fedavgm", "fedprox", "creff", "clip2fl", "mllm_llava_fl", "stage1", "stage3", "stage3_ce",
-               "server_only", "creff_stage3", "clip2fl_stage3", "mllm_llava_fl_ce")  # fmt: skip
-    lacking = {f"{s}/{b}/{m}.yaml" for s, found in wanted.items() for b in found for m in methods} - names
-    assert not lacking
+# ------------------------------------------------------------------------------------------------- the configuration
 
 
-@pytest.mark.parametrize("benchmark", runs.benchmarks())
-def test_every_key_is_a_parameter_of_the_notebook_with_its_type(benchmark):
-    """Looked up in the notebook itself, not by the code that reads runs."""
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    typed = {
-        line.split(":")[0]: line.split(":")[1].split("=")[0].strip() for line in source.splitlines() if "=" in line
-    }
-    for path in (RUNS / benchmark).glob("*.yaml"):
-        given = yaml.safe_load(path.read_text())
-        assert all(isinstance(value, PYTHON[typed[key]]) for key, value in given.items()), path
-        assert given["folder"] == f"results/{benchmark}" and given["label"] == path.stem
-        read_run(path)
-
-
-def test_the_files_are_what_the_script_writes(tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import write_runs
-
-    write_runs.write_all(tmp_path)
-    written = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*.yaml")}
-    assert written == {p.relative_to(RUNS): p.read_text() for p in FILES}
-
-
-def test_the_papers_protocol_is_the_packages_default():
-    """`Experiment` and `FedSettings` have the benchmark's numbers as defaults; the files say the same."""
-    fedavg = pipeline_of(read_run(RUNS / "paper/cifar10_lt_if100/fedavg.yaml")).experiment
-    assert fedavg.settings == FedSettings()
-    own = asdict(Experiment())
-    there = {k: v for k, v in asdict(fedavg).items() if k not in ("mllm", "mllm_dtype", "clip", "pool", "image_size")}
-    assert there == {k: own[k] for k in there}
-
-
-def committed():
-    """Results files that git knows and that a run's file would have made."""
-    listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=False)
-    paths = [ROOT / line for line in listed.stdout.splitlines() if line.endswith(".json")]
-    of_runs = {path.relative_to(RUNS).with_suffix("").as_posix() for path in FILES}
-    for path in paths:
-        name, _, seed = path.relative_to(ROOT / "results").with_suffix("").as_posix().rpartition("_seed")
-        if name in of_runs:
-            yield name, int(seed), path
-
-
-def test_committed_results_have_the_parameters_of_their_file():
-    there = list(committed())
-    assert len(there) >= 100
-    for name, seed, path in there:
-        (run,) = runs.read_runs(find_files([name]), [seed])
-        found = load_result(path)["parameters"]
-        expected = json.loads(json.dumps(asdict(run.pipeline.experiment)))
-        for of, default in ((found, Experiment()), (found["settings"], FedSettings())):
-            of.update({k: v for k, v in json.loads(json.dumps(asdict(default))).items() if k not in of})
-        if found["align"]:
-            found["align"] = {**expected["align"], **found["align"]}
-        assert differences(found, expected) == "", path
-
-
-# ----------------------------------------------------------------------------------------------------- wrong files
+def test_the_papers_protocol_is_the_default():
+    of = Experiment()
+    assert (of.dataset, of.imbalance_factor, of.num_clients, of.alpha, of.width) == ("cifar10", 100, 20, 0.5, 64)
+    rounds = of.federated
+    assert (rounds.rounds, rounds.clients_per_round, rounds.local_epochs, rounds.batch_size, rounds.lr) == (
+        200, 8, 10, 32, 0.1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("wrong", "says"),
     [
-        ("ruonds: 20", "'ruonds' is no parameter of run.ipynb; is 'rounds' meant?"),
-        ("rounds: 2.5", "rounds must be of type int; got 2.5, of type float"),
-        ("rounds: true", "rounds must be of type int; got True, of type bool"),
-        ("lr: 1e-4", "lr must be of type float; got '1e-4', of type str; YAML reads 1e-4 as text, write 1.0e-4"),
-        ("width: '16'", "width must be of type int; got '16', of type str"),
-        ("lr: true", "lr must be of type float; got True, of type bool"),
-        ("align: 1", "align must be of type bool; got 1, of type int"),
-        ("dataset: 10", "dataset must be of type str; got 10, of type int"),
-        ("rounds: 5\nrounds: 6", "the key 'rounds' stands twice"),
-        ("- rounds", "must hold lines of the form `name: value`; it holds a list"),
-        ("rounds: [", "cannot be read"),
-        ("", "it holds a NoneType"),
-        ("rounds: 0", "rounds must be a whole number of at least 1; got 0"),
-        ("dataset: cifar11", "dataset must be one of cifar10_mini, cifar10, cifar100, imagenet_lt; got 'cifar11'"),
-        ("method: fedevg", "no method named 'fedevg'; there are fedavg"),
-        ("align: true\nalign_beta: -1.0", "beta must be at least 0"),
-        ("pretrain: true\npool: my_pictures", "set annotations to 'new'"),
-        ("align_beta: 1.0", "align_beta has no effect without `align: true`"),
-        ("pretrain: true\nstart: dwp_linear", "stage 1 makes the weights that the rounds start from"),
-        ("imbalance_factor: .nan", "imbalance_factor must be at least 1 and finite; got nan"),
-        ("alpha: 0.0", "alpha must be positive and finite; got 0.0"),
-        ("clients_per_round: 50", "clients_per_round is 50, but there are only 10 clients"),
-        ("pool_images: -5", "pool_images must be a whole number of at least 0; got -5"),
-        ("pool: cifar10", "cifar10 has no open pictures"),
-        ("label: 2024-02-30", "cannot be read"),
-        ("? [a]\n: 1\n? [a]\n: 2", "stands twice"),
+        ({"federated": {"rounds": 2.5}}, "federated.rounds: must be a valid integer"),
+        ({"federated": {"rounds": True}}, "federated.rounds: must be a valid integer; got True"),
+        ({"federated": {"rounds": 1_000_000_000}}, "federated.rounds: must be less than or equal to 1000000"),
+        ({"federated": {"rounds": 0}}, "federated.rounds is 0; run at least one round, or leave 2 out of stages"),
+        ({"federated": {"lr": "1e-4"}}, "federated.lr: must be a valid number; got '1e-4'"),
+        ({"federated": {"ruonds": 3}}, "federated.ruonds: there is no such setting"),
+        ({"federated": {"clients_per_round": 50}}, "clients_per_round is 50, but num_clients is 20; draw at most"),
+        ({"width": "16"}, "width: must be a valid integer; got '16'"),
+        ({"width": 16.5}, "width: must be a valid integer; got 16.5"),
+        ({"balanced": "false"}, "balanced: must be a valid boolean; got 'false'"),
+        ({"imbalance_factor": float("nan")}, "imbalance_factor: must be"),
+        ({"alpha": float("inf")}, "alpha: must be a finite number"),
+        ({"alpha": 0.0}, "alpha: must be greater than 0"),
+        ({"pool_images": -5}, "pool_images: must be greater than or equal to 0; got -5"),
+        ({"seed": -1}, "seed: must be greater than or equal to 0; got -1"),
+        ({"dataset": "cifar11"}, "dataset: must be 'cifar10_mini', 'cifar10', 'cifar100' or 'imagenet_lt'; got"),
+        ({"method": "fedevg"}, "method must be one of fedavg, fedprox, fedavgm, creff, clip2fl, or 'module:Class'"),
+        (
+            {"method_options": {"mu": float("nan")}},
+            "method_options must be finite numbers, switches or text; got {'mu'",
+        ),
+        ({"method_options": {"mu": {1}}}, "method_options must be finite numbers"),
+        ({"stages": 2}, "stages: must be a valid tuple; got 2"),
+        ({"stages": [[2]]}, "stages.0: must be 1, 2 or 3"),
+        ({"stages": [3, 2]}, "stages must name 2, 3 or both, in rising order, each once; got [3, 2]"),
+        ({"stages": [1]}, "stages must name 2, 3 or both"),
+        ({"align": "false"}, "align: must be an instance of AlignSettings; got 'false'"),
+        ({"align": {"beta": -1.0}}, "align.beta: must be greater than or equal to 0"),
+        ({"pretrain": {"order": "shuffled"}}, "pretrain.order: must be 'length' or 'random'"),
+        ({"stages": [2, 3], "pool": "cifar10"}, "pool 'cifar10' has no open images; use 'cifar10_mini' or a folder"),
+        ({"stages": [1, 2], "pool": "mine"}, "annotations are 'bundled', which describe the pool 'cifar10_mini' only"),
+        ({"stages": [1, 2], "annotations": "old"}, "annotations must be 'bundled', 'new' or a .jsonl file; got 'old'"),
+        ({"stages": [2, 3], "method": "creff", "align": {"when": "each round"}}, "which is a server step of 'fedavg'"),
+        ({"rounds": 5}, "rounds: write it inside federated, pretrain or align"),
     ],
+    ids=str,
 )
-def test_a_wrong_file_is_refused_with_the_rule_the_value_and_the_fix(tmp_path, line, says):
-    path = tmp_path / "wrong.yaml"
-    path.write_text(line + "\n")
-    with pytest.raises(RunError) as refused:
-        read_run(path)
-    assert says in str(refused.value) and "wrong.yaml" in str(refused.value)
+def test_a_wrong_setting_is_refused_with_the_rule_and_the_value(wrong, says):
+    with pytest.raises(ValueError) as refused:
+        experiment_of(wrong)
+    assert says in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
-def test_all_wrong_lines_of_all_files_are_named_and_nothing_starts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "run_pipeline", None)
-    write(tmp_path / "a.yaml", ruonds=3, width=2.5)
-    write(tmp_path / "b.yaml", lr="fast")
-    assert main([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert "ruonds" in said and "width" in said and "lr must be" in said
-    assert main(["paper/cifar11"]) == 2
-    assert "there is no run 'paper/cifar11'; there are" in capsys.readouterr().err
+def test_all_wrong_settings_are_named_at_once():
+    with pytest.raises(ValueError) as refused:
+        experiment_of({"width": 2.5, "federated": {"lr": "fast", "rounds": -1}, "align": 1, "lr": 0.1})
+    named = {line.split(":")[0] for line in str(refused.value).splitlines()}
+    assert named == {"lr", "align", "width", "federated.lr", "federated.rounds"}
 
 
-# --------------------------------------------------------------------------------------------------------- running
+def test_settings_of_a_stage_that_is_off_are_refused_in_python_and_dropped_from_files():
+    with pytest.raises(ValueError, match="align has no effect without stage 3; add 3 to stages, or leave align out"):
+        Experiment(align=AlignSettings(beta=1.0))
+    assert experiment_of({"align": {"beta": 1.0}, "start": "x", "something else": 1}) == Experiment()
 
 
-def test_without_its_weights_a_paper_run_stops_in_seconds_and_says_what_to_fetch(tmp_path):
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "mllmfl_lite.runs", "paper/cifar10_lt_if100/mllm_llava_fl", "--seeds", "7"]
-    empty = {"MLLMFL_DATA": str(tmp_path), "HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
-    assert done.returncode == 3 and time.perf_counter() - started < 60, done.stderr
-    for word in (
-        "CIFAR-10 (0.17 GB",
-        "CC-595K",
-        "LLaVA-1.5-7B (14.1 GB; Llama 2",
-        "hf download llava-hf/llava-1.5-7b-hf",
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    numbers = {"width": np.int64(2), "alpha": np.float32(0.5), "seed": np.uint8(3), "balanced": np.bool_(True)}
+    experiment = experiment_of({**numbers, "stages": [np.int64(2)], "method_options": {"mu": np.float64(0.1)}})
+    assert [type(v) for v in (experiment.width, experiment.alpha, experiment.seed)] == [int, float, int]
+    save_result(tmp_path / "x.json", {"parameters": parameters_of(experiment)})
+    assert load_result(tmp_path / "x.json")["parameters"]["method_options"] == {"mu": 0.1}
+
+
+def test_parameters_make_the_same_experiment_again():
+    assert experiment_of(json.loads(json.dumps(parameters_of(ALL)))) == ALL
+
+
+# -------------------------------------------------------------------------------------------------- the results file
+
+
+def test_a_finished_run_is_read_back_and_another_ones_file_refused(tmp_path):
+    fresh = run_experiment(QUICK, tmp_path, "cpu")
+    assert run_experiment(QUICK, tmp_path, "cpu") == fresh
+    with pytest.raises(ValueError, match=r"\(alpha: there 0.5, now 0.1\); set them back, or use another folder"):
+        run_experiment(replace(QUICK, alpha=0.1), tmp_path, "cpu")
+    with pytest.raises(ValueError, match=r"\(federated.lr: there 0.1, now 0.2\)"):
+        run_experiment(replace(QUICK, federated=replace(ROUNDS, lr=0.2)), tmp_path, "cpu")
+
+
+def test_a_results_file_says_what_was_run_on_what_and_where(tmp_path):
+    result = run_experiment(QUICK, tmp_path, "cpu")
+    assert load_results(tmp_path) == [result] and result["label"] == "fedavg"
+    assert result["parameters"] == json.loads(json.dumps(asdict(QUICK)))
+    assert result["data"]["train_images"] == len(load_federation(QUICK).train)
+    known = {"date", "revision", "python", "packages", "device", "platform", "seconds_in_this_process"}
+    assert known == result["provenance"].keys()
+    assert [r["round"] for r in result["history"]] == [1, 2, 3]
+    assert result["summary"]["top1"] == result["history"][-1]["metrics"]["top1"]
+    model = load_model(tmp_path / "models" / "fedavg_seed0-federated.safetensors")
+    assert model.names == load_federation(QUICK).train.names
+
+
+def test_without_a_folder_nothing_is_kept_and_the_figures_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures = [run_experiment(QUICK, folder, "cpu")["summary"] for folder in ("", "here")]
+    assert figures[0] == figures[1] and [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"checksum": "", "parameters": 1}', '{"a": 1'])
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x.json is not a results file .*; remove it and run again"):
+        load_results(tmp_path)
+
+
+def test_every_flipped_byte_of_a_result_is_found(tmp_path):
+    path = tmp_path / "x.json"
+    save_result(path, {"label": "x", "parameters": {"lr": 0.1, "ok": True}, "history": [{"top1": 0.25}]})
+    whole = path.read_bytes()
+    for place, byte in enumerate(whole):
+        if bytes([byte]).isspace() and bytes([byte ^ 3]).isspace():  # blanks between words say nothing
+            continue
+        path.write_bytes(whole[:place] + bytes([byte ^ 3]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"x.json is (not a results file|damaged)"):
+            load_result(path)
+
+
+@pytest.mark.parametrize("label", ["../x", "a/b", "", ".", "..", ".hidden", "a\0b", "a\nb", "x" * 300, 5])
+def test_a_label_cannot_leave_the_folder(tmp_path, label):
+    with pytest.raises(ValueError, match="label must be a file name without '/'"):
+        result_path(tmp_path, label, 0)
+
+
+def test_a_label_in_any_script(tmp_path):
+    path = result_path(tmp_path, "联邦 学习-ß", 3)
+    save_result(path, {"parameters": {}, "label": "联邦 学习-ß"})
+    assert path.name == "联邦 学习-ß_seed3.json" and load_result(path)["label"] == "联邦 学习-ß"
+
+
+def test_a_full_disk_and_a_folder_that_is_none_are_one_sentence(tmp_path):
+    (tmp_path / "x.json.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"x.json cannot be written \(.*No space left on device.*\); make room or choose"):
+        save_result(tmp_path / "x.json", {"parameters": {}})
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"x.json cannot be written"):
+        save_result(tmp_path / "file" / "x.json", {"parameters": {}})
+    with pytest.raises(CheckpointError, match=r"cannot be written .*; choose a folder that can be"):
+        run_experiment(QUICK, tmp_path / "file", "cpu")
+
+
+def test_two_that_would_write_one_file_are_refused(tmp_path):
+    with (
+        RunFolder(tmp_path / "checkpoints" / "fedavg_seed0", {}),
+        pytest.raises(CheckpointError, match=r"fedavg_seed0 is in use by another run; wait for it, or use another"),
     ):
-        assert word in done.stderr
-    for word in ("stage 1: the MLLM describes 595,375 pictures", "rounds: 200 x 8 clients x 10 epochs", "in all"):
-        assert word in done.stdout
-    assert not (ROOT / "results/paper/cifar10_lt_if100/mllm_llava_fl_seed7.json").exists()
-    assert list(tmp_path.iterdir()) == []
+        run_experiment(QUICK, tmp_path, "cpu")
 
 
-@pytest.mark.filterwarnings("ignore:the pool has fewer")
-def test_killed_twice_it_ends_as_if_it_had_not_been(tmp_path, tiny):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "mllmfl_lite.runs", str(tiny), "--device", "cpu"]
-    for rounds in (1, 2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and steps(out) < rounds:
+# -------------------------------------------------------------------------------------------------------- the parts
+
+
+def test_controls_have_as_many_images():
+    longtail, balanced = (load_federation(replace(QUICK, balanced=of)).train for of in (False, True))
+    assert len(longtail) == len(balanced)
+    assert balanced.class_counts().max() - balanced.class_counts().min() <= 1
+
+
+def test_seeds_change_images_and_split():
+    one, same, other = (load_federation(replace(QUICK, seed=seed)) for seed in (0, 0, 1))
+    assert one.train.checksum() != other.train.checksum()
+    assert [rows.tolist() for rows in one.split] == [rows.tolist() for rows in same.split]
+
+
+def test_methods_by_name():
+    train = load_federation(QUICK).train
+    assert make_method(replace(QUICK, method="fedprox", method_options={"mu": 0.3}), train) == FedProx(mu=0.3)
+    mine = replace(QUICK, method="mllmfl_lite.federated.methods:FedProx")
+    assert make_method(mine, train) == FedProx()
+    for wrong in ({"method": "nowhere:X"}, {"method_options": {"nu": 1.0}}):
+        with pytest.raises(ValueError, match="cannot be made"):
+            make_method(replace(QUICK, **wrong), train)
+
+
+def test_a_start_is_seen_from_a_folder_that_is_not_there_yet(tmp_path):
+    model = initial_model(QUICK, 10, None)
+    with torch.no_grad():
+        model.body[0].weight.fill_(0.25)
+    save_model(tmp_path / "mine_1.safetensors", model, "resnet8", 2)
+    started = replace(QUICK, stages=(1, 2), start="../mine_{seed}.safetensors", seed=1)
+    result = run_experiment(started, tmp_path / "new", "cpu")
+    expected = sha256_arrays(t.numpy() for t in with_head(model, 10, 1).state_dict().values())
+    assert result["data"]["start_sha256"] == expected
+    with pytest.raises(ValueError, match="holds another model than resnet8 of width 4; set model and width"):
+        run_experiment(replace(started, width=4), tmp_path / "other", "cpu")
+
+
+def test_what_would_stop_the_rounds_is_said_before_stage_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "stage_one", None)
+    with pytest.raises(ValueError, match=r"method 'fedprox' with options {'nu': 1.0} cannot be made"):
+        run_experiment(replace(ALL, method="fedprox", method_options={"nu": 1.0}), tmp_path, "cpu")
+
+
+def test_a_run_that_fails_leaves_no_result(tmp_path):
+    wild = replace(QUICK, federated=replace(ROUNDS, lr=1e30))
+    for _ in range(2):
+        with pytest.raises((ClientDiverged, ValueError)):
+            run_experiment(wild, tmp_path, "cpu")
+    assert not list(tmp_path.glob("*.json"))
+    nobody = {"ask": lambda state, received, round_, chosen: ({}, dict.fromkeys(chosen, "gone"))}
+    with pytest.raises(ValueError, match="no client sent a sound result in round 1"):
+        run_experiment(QUICK, tmp_path / "nobody", "cpu", **nobody)
+    assert not list((tmp_path / "nobody").rglob("*.json"))
+
+
+# ------------------------------------------------------------------------------------------------------- all stages
+
+
+def test_all_stages_in_one_folder_and_what_is_there_is_not_made_again(tmp_path, small, monkeypatch):
+    first = run_experiment(ALL, tmp_path / "here", "cpu")
+    names = {path.relative_to(tmp_path / "here").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"stage1/resnet8_seed0.safetensors", "stage1/resnet8_seed0.json", "fedavg_seed0.json"} <= names
+    assert first["aligned"]["metrics"]["top1"] == first["summary"]["top1"] and first["history"]
+    monkeypatch.setattr(module, "pretrain", None)  # whoever calls it now fails
+    other = run_experiment(
+        replace(ALL, stages=(1, 2), align=AlignSettings()), tmp_path / "here", "cpu", label="stage12"
+    )
+    assert other["history"] == first["history"] and "aligned" not in other
+    os.rename(tmp_path / "here", tmp_path / "there")
+    (tmp_path / "there" / "fedavg_seed0.json").unlink()
+    again = run_experiment(ALL, tmp_path / "there", "cpu")
+    assert again["summary"] == first["summary"] and again["history"] == first["history"]
+    with pytest.raises(ValueError, match=r"made with other settings \(pretrain.lr: there 0.002, now 0.1\); set them"):
+        run_experiment(replace(ALL, pretrain=replace(ALL.pretrain, lr=0.1)), tmp_path / "there", "cpu", label="lr")
+    weights = tmp_path / "there" / "stage1" / "resnet8_seed0.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"resnet8_seed0.safetensors is damaged"):
+        run_experiment(ALL, tmp_path / "there", "cpu", label="damaged")
+
+
+def test_stage_three_alone_has_no_rounds(tmp_path, small):
+    alone = Experiment("cifar10_mini", num_clients=4, width=2, stages=(3,), align=ALL.align)
+    result = run_experiment(alone, tmp_path, "cpu")
+    assert result["history"] == [] and result["aligned"]["metrics"]["top1"] == result["summary"]["top1"]
+
+
+def test_runs_of_several_folders_share_stage_one_and_the_teachers_answers(tmp_path, small, monkeypatch):
+    first = run_experiment(ALL, tmp_path / "a", "cpu", shared="..")
+    monkeypatch.setattr(module, "pretrain", None)
+    monkeypatch.setattr(ClipTeacher, "class_probabilities", None)
+    assert run_experiment(ALL, tmp_path / "b", "cpu", shared="..")["summary"] == first["summary"]
+    assert (tmp_path / "stage1" / "resnet8_seed0.safetensors").is_file() and (tmp_path / "answers").is_dir()
+    assert not {"stage1", "answers"} & {path.name for path in (tmp_path / "b").iterdir()}
+
+
+KILLED_RUN = """
+import sys, torch, warnings
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+sys.path.insert(0, {tests!r})
+import test_runs
+test_runs.make_small(setattr)
+test_runs.run_experiment(test_runs.ALL, {folder!r}, "cpu")
+"""
+
+
+def test_killed_in_each_stage_it_ends_the_same(tmp_path, small):
+    """Kill the process at the first checkpoint of stage 1 and of stage 2; compare with a quiet run."""
+    folder = tmp_path / "killed"
+    code = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(folder))
+    for sign in ("stage1/resnet8_seed0/run.json", "checkpoints/fedavg-*/run.json"):
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+        while process.poll() is None and not list(folder.glob(sign)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert 0 < steps(out) <= 4 and not (out / "tiny_seed0.json").exists()
-    assert main([str(tiny), "--device", "cpu"]) == 0
-    killed = load_result(out / "tiny_seed0.json")
-    quiet = runs.run_pipeline(pipeline_of(read_run(tiny)), tmp_path / "quiet", "cpu", "tiny")
-    assert [strip(record) for record in killed["history"]] == [strip(record) for record in quiet["history"]]
-    assert killed["summary"] == quiet["summary"] and killed["aligned"] == quiet["aligned"]
-    for stage in ("federated", "aligned"):
-        both = [load_model(f / "models" / f"tiny_seed0-{stage}.safetensors") for f in (out, tmp_path / "quiet")]
-        assert all(map(torch.equal, *(model.state_dict().values() for model in both)))
-    report = json.loads((out / "reports" / "tiny_seed0.ipynb").read_text())
-    assert not any(o["output_type"] == "error" for c in report["cells"] for o in c.get("outputs", ()))
-    assert any("image/png" in o.get("data", {}) for c in report["cells"] for o in c.get("outputs", ()))
+        assert list(folder.glob(sign)) and not list(folder.glob("*.json"))
+    killed, quiet = run_experiment(ALL, folder, "cpu"), run_experiment(ALL, tmp_path / "quiet", "cpu")
+    assert killed["aligned"] == quiet["aligned"] and killed["summary"] == quiet["summary"]
+    for name in ("stage1/resnet8_seed0", "models/fedavg_seed0-federated", "models/fedavg_seed0-aligned"):
+        both = [load_model(of / f"{name}.safetensors").state_dict() for of in (folder, tmp_path / "quiet")]
+        assert all(map(torch.equal, both[0].values(), both[1].values())), name
 
 
-def steps(out):
-    (found,) = [json.loads(p.read_text())["step"] for p in out.glob("checkpoints/*/run.json")] or [0]
-    return found
+SEVERAL_PROCESSES = """
+import json, os, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, torch
+from mllmfl_lite.data import load_images
+from mllmfl_lite.runs import stage1
+from mllmfl_lite.teachers.llava import MllmTeacher
+sys.path.insert(0, {tests!r})
+from test_runs import ALL
+
+torch.set_num_threads(1)
+some, counts = load_images("cifar10_mini", "web").subset(np.arange(32)), dict(asked=0, looked=0, wrote=0)
+stage1.load_pool = lambda experiment: some
+
+def counted(place, name, what, number):
+    real = getattr(place, name)
+    def call(*given, **more):
+        counts[what] += number(given)
+        return real(*given, **more)
+    setattr(place, name, call)
+
+counted(stage1.TransformersBackend, "answer", "asked", lambda given: len(given[1]))
+counted(MllmTeacher, "tokens", "looked", lambda given: len(given[1]))
+counted(stage1, "save_result", "wrote", lambda given: 1)
+counted(stage1, "save_model", "wrote", lambda given: 1)
+experiment = replace(ALL, pretrain=replace(ALL.pretrain, batch_size=4), annotations="new")
+path = stage1.stage_one(experiment, Path({folder!r}), "cpu")
+counts["there"] = path.is_file()
+Path({folder!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(counts))
+"""
 
 
-def strip(record):
-    return {key: value for key, value in record.items() if key != "seconds"}
+def test_stage_one_under_two_processes_does_each_thing_once(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SEVERAL_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    for asked, looked, wrote in ((32, 32, 2), (0, 0, 0)):  # the second time it is found done
+        job = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert job.returncode == 0, job.stderr[-3000:]
+        ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+        assert all(counts["there"] for counts in ranks)
+        assert sorted(counts["asked"] for counts in ranks) == [0, asked], "whoever came first asked the MLLM"
+        probe = 1 if looked else 0  # each process looks at one image, for the shape
+        assert sorted(counts["looked"] for counts in ranks) == [probe, looked + probe], "features were computed once"
+        assert [counts["wrote"] for counts in ranks] == [wrote, 0], "the first process wrote"
+    result = load_result(tmp_path / "stage1" / "resnet8_seed0.json")
+    assert result["provenance"]["processes"] == 2 and len(result["history"]) == result["data"]["texts"] // (2 * 4)
 
 
-def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
-    ran = []
-
-    def run(pipeline, folder, device, label, together):
-        ran.append((label, pipeline.experiment.settings.seed))
-        if label == "bad":
-            raise ModuleNotFoundError("whatever it is")
-        finish(pipeline, folder / f"{label}_seed{pipeline.experiment.settings.seed}.json")
-        return {"summary": {"top1": 0.5}}
-
-    monkeypatch.setattr(runs, "run_pipeline", run)
-    monkeypatch.setattr(runs, "write_report", lambda run: None)
-    files = [str(write(tmp_path / f"{m}.yaml", label=m, folder=str(tmp_path / "o"), **TINY)) for m in ("bad", "good")]
-    assert main([*files, "--seeds", "0", "1"]) == 1
-    assert ran == [("bad", 0), ("good", 0), ("bad", 1), ("good", 1)]
-    said = capsys.readouterr()
-    assert "4 runs, 0 of them done" in said.out and "failed: ModuleNotFoundError: whatever it is" in said.err
-    assert main([*files, "--seeds", "0", "1"]) == 1
-    assert ran[4:] == [("bad", 0), ("bad", 1)] and "4 runs, 2 of them done" in capsys.readouterr().out
+# --------------------------------------------------------------------------------------- a folder of images as the pool
 
 
-def finish(pipeline, path):
-    save_result(path, {"parameters": asdict(pipeline.started)})
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """Eighteen images of several sizes, as a server finds them on the web."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    web = load_images("cifar10_mini", "web")
+    for i in range(18):
+        Image.fromarray(web.images[100 * i]).resize((40 + i, 36)).save(folder / f"{i:02d}.png")
+    return folder
 
 
-def test_a_file_of_the_right_name_is_not_enough_to_be_done(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "run_pipeline", None)
-    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **TINY)
-    (run,) = runs.read_runs([own])
-    finish(run.pipeline, run.result)
-    assert main([str(own)]) == 0 and "1 runs, 1 of them done" in capsys.readouterr().out
-    write(own, label="x", folder=str(tmp_path / "o"), **{**TINY, "lr": 0.9})
-    assert main([str(own)]) == 2 and "settings.lr there 0.1, now 0.9" in capsys.readouterr().err
-    run.result.write_text('{"format": 1, "hist')
-    assert main([str(own)]) == 2 and "x_seed0.json is not a results file" in capsys.readouterr().err
+def of_folder(folder, annotations):
+    pretrain, align = replace(ALL.pretrain, batch_size=4), replace(ALL.align, per_class=1)
+    return replace(
+        ALL, pool=str(folder), image_size=32, pretrain=pretrain, align=align, annotations=annotations
+    )  # fmt: skip
 
 
-def test_a_report_that_failed_is_written_the_next_time(tmp_path, capsys, monkeypatch):
-    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **TINY)
-    (run,) = runs.read_runs([own])  # the parameters are read once, here, while the notebook is there
-    monkeypatch.setattr(runs, "NOTEBOOK", tmp_path / "gone.ipynb")
-    assert main([str(own), "--device", "cpu"]) == 1 and "their report failed" in capsys.readouterr().err
-    assert run.result.exists() and not run.is_done() and not run.report.exists()
-    monkeypatch.undo()
-    assert main([str(own), "--device", "cpu"]) == 0 and run.is_done() and run.report.exists()
+def test_all_stages_on_a_folder_of_images(tmp_path, folder_of_images):
+    experiment = of_folder(folder_of_images, "new")
+    result = run_experiment(experiment, tmp_path / "run", "cpu")
+    records = (tmp_path / "run" / "stage1" / "annotations.jsonl").read_text().splitlines()
+    assert len(records) == 18 and any('"00.png"' in record for record in records)
+    assert result["aligned"]["server_set"]["labels_right"] is None and result["aligned"]["server_set"]["images"] >= 1
+    for other, says in (
+        ({"pool_images": 9}, "pool_images: there 0, now 9"),
+        ({"pixels": 64}, "pixels: there 32, now 64"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            stage_one(replace(experiment, **other), tmp_path / "run")
 
 
-def test_two_runs_never_write_one_file_and_a_seed_counts_once(tmp_path):
-    files = [write(tmp_path / f"{m}.yaml", label="x", folder=str(tmp_path / "o"), **TINY) for m in ("a", "b")]
-    with pytest.raises(RunError, match=r"would both write .*x_seed0.json; give one of them another label"):
-        runs.read_runs(files)
-    assert [run.values["seed"] for run in runs.read_runs([files[0]] * 2, [1, 0, 1])] == [1, 0]
-
-
-def test_a_file_may_name_its_seed_and_device_and_must_name_its_place(tmp_path):
-    path = write(tmp_path / "a.yaml", label="x", folder="o", seed=7, device="cpu")
-    assert [run.values["seed"] for run in runs.read_runs([path])] == [7]
-    assert [run.values["seed"] for run in runs.read_runs([path], [1, 2])] == [1, 2]
-    for missing in ("label", "folder"):
-        other = write(tmp_path / "b.yaml", **{"label": "x", "folder": "o", missing: ""})
-        with pytest.raises(RunError, match=f"b.yaml needs a {missing}"):
-            runs.read_runs([other])
-    with pytest.raises(RunError, match="a seed must be a whole number of at least 0; got -1"):
-        runs.read_runs([path], [-1])
-
-
-def test_what_stops_the_plan_is_one_sentence(tmp_path, capsys):
-    asks = {**TINY, "align_teacher": "mllm", "mllm": "some/llm"}
-    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), **asks)
-    assert main([str(own), "--plan", "--on", "h100"]) == 2
-    said = capsys.readouterr().err
-    assert "not here, and not fetched for you:\n  some/llm" in said and "the size of 'some/llm' is not known" in said
-
-
-def test_what_is_shared_takes_disk_once():
-    names = [f"paper/imagenet_lt/{m}" for m in ("stage1", "mllm_llava_fl")]
-    todo = runs.read_runs(find_files(names), [0])
-    plans = [runs.make_plan(run.pipeline, runs.MACHINES["h100"]) for run in todo]
-    both = sum(stage.disk for stages in runs.own_stages(todo, plans) for stage in stages)
-    stage_one = sum(stage.disk for stage in plans[0].stages[:2])
-    # mllm_llava_fl has all that stage1 has: stages 1 and 2
-    assert stage_one > 2**20 and both == plans[1].disk
-
-
-def test_several_processes_may_do_stage_one_only(tmp_path, capsys, monkeypatch):
-    own = write(tmp_path / "own.yaml", label="x", folder=str(tmp_path / "o"), pretrain=True, **TINY)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([str(own)]) == 2 and "add --stage1" in capsys.readouterr().err
-    monkeypatch.setattr(runs, "run_pipeline", None)
-    monkeypatch.setattr(runs, "stage_one", lambda pipeline, folder, device: folder / pipeline.started.start)
-    assert main([str(own), "--stage1"]) == 0 and "stage1/resnet8_seed0.safetensors" in capsys.readouterr().out
-
-
-def test_a_plan_starts_nothing(tmp_path, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "run_pipeline", None)
-    assert main([str(tiny), "--plan", "--on", "h100"]) == 0
-    assert "on H100 80 GB, reckoned (rates reckoned, not measured)" in capsys.readouterr().out
-    assert main(["laptop/cifar10_mini_lt_if100", "--seeds", "9", "--plan", "--on", "8xh100"]) == 0
-    assert "in all, one after the other" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
-def test_work_that_runs_share_is_counted_once():
-    machine = runs.MACHINES["h100"]
-    names = [f"paper/cifar10_lt_if{f}/{m}" for f in (100, 50) for m in ("fedavg", "stage3", "mllm_llava_fl")]
-    todo = runs.read_runs(find_files(names), [0, 1])
-    plans = [runs.make_plan(run.pipeline, machine) for run in todo]
-    spent = runs.own_seconds(todo, plans, machine)
-    whole, third, other = (3600 * plans[i].hours for i in (0, 2, 5))
-    described, learned, scored = (stage.seconds(machine) for stage in plans[2].stages[:3])
-    aligned = plans[1].stages[-1].seconds(machine)
-    assert spent[names[0]] == pytest.approx([whole, whole])  # another seed has rounds of its own
-    # stages 2 and 3: FedAvg's rounds are there, and with the second seed the MLLM's answers, too
-    assert spent[names[1]] == pytest.approx([scored + aligned, aligned])
-    # all stages: rounds of their own, since they start elsewhere; pictures are described once, for both seeds
-    assert spent[names[2]] == pytest.approx([third - scored, third - scored - described])
-    # the other imbalance finds all of stage 1 and the answers in the folder that both share, for both seeds
-    assert spent[names[4]] == pytest.approx([aligned, aligned])
-    assert spent[names[5]] == pytest.approx([other - described - learned - scored] * 2)
-
-
-def test_models_share_what_the_mllm_says_of_a_pool():
-    machine, names = runs.MACHINES["h100"], ["paper/cifar10_lt_if100/stage1", "paper/imagenet_lt/stage1"]
-    todo = runs.read_runs(find_files(names), [0])
-    plans = [runs.make_plan(run.pipeline, machine) for run in todo]
-    described = plans[1].stages[0].seconds(machine)
-    (first,), (second,) = runs.own_seconds(todo, plans, machine).values()
-    assert first == pytest.approx(3600 * plans[0].hours)
-    assert second == pytest.approx(3600 * plans[1].hours - described)  # it still pretrains a model of its own
-
-
-def test_what_does_not_fit_is_said(capsys):
-    (run,) = runs.read_runs(find_files(["paper/cifar10_lt_if100/mllm_llava_fl"]), [7])
-    for memory, fits in ((40, False), (80, True)):
-        runs.tell_plan([run], replace(runs.MACHINES["h100"], memory=memory * 2**30))
-        assert ("This will not fit: 55." in capsys.readouterr().out) == (not fits)
-
-
-def test_papermill_takes_a_file_without_us(tmp_path, tiny):
-    values = {**yaml.safe_load(tiny.read_text()), "align": False, "rounds": 1}
-    path, out = write(tmp_path / "own.yaml", **values), tmp_path / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", "--kernel", "python3", str(NOTEBOOK), str(out), "-f", str(path)]
-    subprocess.run([*command, "-p", "seed", "3", "--no-progress-bar"], check=True, capture_output=True)
-    assert load_result(tmp_path / "out" / "tiny_seed3.json")["parameters"]["settings"]["rounds"] == 1
-    assert notebook_parameters()["rounds"].default == 20
-
-
-# ------------------------------------------------------------------------------------------------ the results page
-
-
-def test_the_results_page_is_what_the_files_say_and_names_every_run():
-    """The page is of the committed files: results of one's own change it, by `make results`."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import write_results
-
-    text = write_results.PAGE.read_text()
-    for benchmark in runs.benchmarks():
-        (section,) = [part for part in text.split("\n### ") if f"`notebooks/runs/{benchmark}`:\n" in part]
-        assert [p.stem for p in (RUNS / benchmark).glob("*.yaml") if f"| `{p.stem}` |\n" not in section] == []
-    of_git = {path for _, _, path in committed()}
-    here = {run.result for path in FILES for run in runs.read_runs([path], write_results.SEEDS) if run.result.exists()}
-    if here == of_git:
-        assert text == write_results.page(), "run `make results`"
-
-
-def test_a_sweep_on_the_results_page_takes_what_its_plan_says(capsys):
-    main(["paper/cifar100_lt_if50", "--seeds", "0", "1", "2", "--plan", "--on", "h100"])
-    (total,) = re.findall(r"in all, one after the other +(.*?)  ", capsys.readouterr().out)
-    (part,) = [p for p in (ROOT / "book" / "results.md").read_text().split("\n### ") if "paper/cifar100_lt_if50`" in p]
-    assert f"All of them with 3 seeds in one sweep, what they share done once: {total}.\n" in part
-
-
-def test_rows_of_the_results_page():
-    page = (ROOT / "book" / "results.md").read_text().split("\n### ")
-    (empty,) = [part for part in page if "`notebooks/runs/paper/imagenet_lt`:" in part]
-    row = next(line for line in empty.splitlines() if "`mllm_llava_fl`" in line)
-    assert "ImageNet, the official lists" in row and "LLaVA-1.5-7B" in row and " h |" in row and "GiB" in row
-    (full,) = [part for part in page if "`notebooks/runs/medium/cifar10_lt_if100`:" in part]
-    row = next(line for line in full.splitlines() if line.endswith("`creff` |"))
-    found = [load_result(path) for name, _, path in committed() if name == "medium/cifar10_lt_if100/creff"]
-    of_seeds = [[r["summary"]["top1"], *(r["summary"]["groups"][g] for g in ("head", "tail"))] for r in found]
-    means = [100 * sum(values) / len(found) for values in zip(*of_seeds, strict=True)]
-    assert [cell.split("\u00a0±")[0] for cell in row.split(" | ")[1:4]] == [f"{mean:.1f}" for mean in means]
-    assert f"| {len(found)} |" in row
-    assert f"commit `{found[0]['provenance']['revision'][:7]}`: " in full
+def test_texts_that_were_written_elsewhere(tmp_path, folder_of_images, monkeypatch):
+    """Of the images that are used, and of the wanted kind; cut-off ones are left out."""
+    stage_one(of_folder(folder_of_images, "new"), tmp_path / "first", "cpu")
+    texts = tmp_path / "texts.jsonl"
+    (tmp_path / "first" / "stage1" / "annotations.jsonl").rename(texts)
+    monkeypatch.setattr(module, "annotate", None)
+    monkeypatch.setattr(module, "pretrain", lambda model, mllm, views, texts, *_, **__: seen.append((views, texts)))
+    seen = []
+    for few in (0, 9):
+        with pytest.raises(AttributeError):  # of the pretraining that did not take place
+            fewer = replace(of_folder(folder_of_images, str(texts)), pool_images=few)
+            stage_one(fewer, tmp_path / f"second{few}", "cpu")
+    (whole, all_texts), (part, fewer_texts) = seen
+    assert len(whole) == 18 and len(part) == 9 and 0 < len(fewer_texts) < len(all_texts) <= 18
+    torch.testing.assert_close(whole.compact(np.arange(3), None), part.compact(np.arange(3), None))

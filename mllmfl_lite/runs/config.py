@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, field, fields
 from typing import Annotated, Any, Literal
@@ -33,7 +34,7 @@ class Experiment:
     model: Literal["resnet8", "resnet50"] = "resnet8"
     width: Positive = 64  # channels of ResNet-8
     method: str = "fedavg"  # a name in `federated.METHODS`, or "module:Class" for your own
-    method_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # e.g. {"mu": 0.1}
+    method_options: dict[str, Any] = field(default_factory=dict)  # the method's own numbers, e.g. {"mu": 0.1}
     stages: Annotated[tuple[Literal[1, 2, 3], ...], Field(strict=False)] = (2,)  # pretraining, rounds, alignment
     federated: Annotated[FedSettings, nested(FedSettings)] = FedSettings()  # stage 2
     pretrain: Annotated[PretrainSettings, nested(PretrainSettings)] = PretrainSettings()  # stage 1
@@ -82,6 +83,10 @@ def _stage_problems(of: Experiment) -> Iterator[str]:
 def _part_problems(of: Experiment) -> Iterator[str]:
     if ":" not in of.method and of.method not in METHODS:
         yield f"method must be one of {', '.join(METHODS)}, or 'module:Class'; got {of.method!r}"
+    try:
+        json.dumps(of.method_options, allow_nan=False)
+    except (TypeError, ValueError):
+        yield f"method_options must be finite numbers, switches or text; got {of.method_options!r:.100}"
     if {1, 3} & set(of.stages) and "web" not in PARTS.get(of.pool, ("web",)):
         yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
     if 1 in of.stages and not of.start:

