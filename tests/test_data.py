@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10
 
 from mllmfl_lite.data import cifar, folders, load_images
 from mllmfl_lite.data.images import ImageSet, checksum
-from mllmfl_lite.data.names import CIFAR10_CLASSES
+from mllmfl_lite.data.names import CIFAR10_CLASSES, CIFAR100_CLASSES
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_web_pool_is_shuffled():
 def test_the_bundle_is_small_and_its_card_tells_the_truth():
     files = list(cifar.MINI_FOLDER.iterdir())
     assert sum(f.stat().st_size for f in files) < 8e6
-    card = (cifar.MINI_FOLDER / "README.md").read_text()
+    card = (cifar.MINI_FOLDER / "README.md").read_text(encoding="utf-8")
     for part in cifar.mini_index()["parts"].values():
         assert part["sha256"] in card and f"{part['bytes']:,}" in card
 
@@ -167,6 +167,27 @@ def test_a_packed_file_is_read_and_checked(folder, monkeypatch):
         load_images("cifar10", "test")
 
 
+def test_a_packed_file_with_other_arrays_is_refused(folder, monkeypatch):
+    pixels, labels = np.zeros((2, 32, 32, 3), np.uint8), np.array([1, 0])
+    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), checksum(pixels, labels))
+    np.savez(folder / "cifar10.npz", images=pixels, labels=labels)
+    with pytest.raises(ValueError, match=r"cifar10.npz cannot be read .*x_test"):
+        load_images("cifar10", "test")
+    np.savez(folder / "cifar10.npz", x_test=pixels, y_test=labels.astype(float))
+    with pytest.raises(ValueError, match="labels must be whole numbers"):
+        load_images("cifar10", "test")
+    np.savez(folder / "cifar10.npz", x_test=pixels, y_test=np.array([1, "x"], object))
+    with pytest.raises(ValueError, match=r"cifar10.npz cannot be read .*pickle"):
+        load_images("cifar10", "test")
+    np.savez(folder / "cifar10.npz", x_test=pixels, y_test=labels, names=np.array(CIFAR10_CLASSES[::-1]))
+    assert load_images("cifar10", "test").names == CIFAR10_CLASSES, "the data set's own, whatever the file says"
+
+
+def test_cifar100s_names_are_in_the_order_of_its_labels():
+    web = load_images("cifar10_mini", "web")
+    assert web.names[10:] == CIFAR100_CLASSES
+
+
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_absent_and_offline_says_what_to_put_where(folder, offline, dataset):
     with pytest.raises(ValueError) as caught:
@@ -205,6 +226,10 @@ def test_an_archive_is_unpacked(folder, monkeypatch, offline):
 def test_a_wrong_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv(folders.FOLDER_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"MLLMFL_DATA=.*nowhere is not a folder; create it"):
+        load_images("cifar10")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(folders.FOLDER_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="file is not a folder"):
         load_images("cifar10")
     inside = tmp_path / "cifar-10-batches-py"
     inside.mkdir()

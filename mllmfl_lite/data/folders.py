@@ -123,12 +123,12 @@ def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
         warnings.warn(f"skipped, no regular files or folders: {_some(skipped)}", stacklevel=2)
     if not found:
         raise ValueError(f"{folder} holds no image; known endings: {' '.join(ENDINGS)}")
-    files = ImageFiles(folder, np.array([path.relative_to(folder).as_posix() for path in found], object), size)
+    files = ImageFiles(folder, sorted(path.relative_to(folder).as_posix() for path in found), size)
     return ImageSet(files, np.zeros(len(files), np.int64), UNLABELLED, folder.name)
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, and what was skipped. Each folder is entered once, links last."""
+    """The images below a folder, in no order, and what was skipped. Each folder is entered once, links last."""
     images, skipped, entered = [], [], set()
     folders, links = [folder], []
     while waiting := folders or links:
@@ -147,7 +147,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
                     (links if path.is_symlink() else folders).append(path)
         except OSError:
             skipped.append(place)
-    return sorted(images), sorted(skipped)
+    return images, sorted(skipped)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -27,8 +27,8 @@ class ImageFiles:
         size: pixels a side at which training and testing see them.
     """
 
-    root: Path
-    paths: np.ndarray
+    root: str | Path
+    paths: np.ndarray | Sequence[str]
     size: int = 224
 
     def __post_init__(self) -> None:

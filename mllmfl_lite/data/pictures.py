@@ -160,5 +160,5 @@ def is_picture(path: str | Path) -> bool:
 
 
 def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
-    """Return a uint8 array (H, W, 3) or PIL image as an RGB PIL image."""
-    return image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    """Return a uint8 array (H, W, 3) or PIL image as an RGB PIL image; transparent pixels become white."""
+    return _as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
