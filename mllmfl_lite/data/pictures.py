@@ -84,7 +84,7 @@ def _check(image: Image.Image) -> None:
     if min(width, height) < MIN_SIDE:
         raise _Refused(f"has {width} x {height} pixels; at least {MIN_SIDE} a side are needed")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise _Refused(f"has {width} x {height} pixels; a side may be {MAX_RATIO} times the other: crop it first")
+        raise _Refused(f"has {width} x {height} pixels; sides may differ {MAX_RATIO}-fold at most: crop it first")
 
 
 def _without_metadata(data: bytes) -> bytes:
