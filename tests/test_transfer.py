@@ -1,5 +1,7 @@
 """Probes against calculus and toy data; finetuning against the rounds that it is made of."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,8 @@ from torch.nn.functional import cross_entropy
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.longtail import few_labels
-from mllmfl_lite.federated.methods import FedAvg, FedSettings
-from mllmfl_lite.federated.rounds import run_federated
-from mllmfl_lite.measure.transfer import best, embed, epochs_to, finetune, linear_probe
+from mllmfl_lite.federated import FedAvg, Federation, FedSettings, run_federated
+from mllmfl_lite.measure.transfer import FINETUNING, best, embed, epochs_to, finetune, linear_probe
 from mllmfl_lite.models import build_model, with_head
 
 
@@ -98,9 +99,9 @@ def test_finetuning_is_one_client_and_its_epochs():
     train = load_images("cifar10_mini", "train")
     test = load_images("cifar10_mini", "test").subset(np.arange(0, 2000, 40))
     own, model = few_labels(train.labels, 10, 0.01, 0), build_model("resnet8", 10, width=2)
-    run = finetune(model, train, own, test, epochs=3, lr=0.1, batch_size=16, eval_every=2, seed=4)
-    settings = FedSettings(3, 1, 1, 16, 0.1, 2, 1, 4)
-    rounds = run_federated(model, train, [own], test, FedAvg(), settings)
+    run = finetune(model, train, own, test, replace(FINETUNING, rounds=3, lr=0.1, batch_size=16, eval_every=2), 4)
+    settings = FedSettings(3, 1, 1, 16, 0.1, 2, 1)
+    rounds = run_federated(model, Federation(train, [own], test), FedAvg(), settings, 4)
     assert all(torch.equal(run.state[name], rounds.state[name]) for name in run.state)
     assert [record["round"] for record in run.history if record["metrics"]] == [2, 3]
 

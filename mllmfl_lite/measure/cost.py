@@ -44,13 +44,6 @@ def client_cost(
     """Run one client's step and count (torch's counter). One epoch is run and counted `local_epochs` times.
 
     A CLIP is counted once for each of the client's images; a client that caches its answers pays less later.
-
-    Args:
-        method: whose costs.
-        model: the global model.
-        train: all clients' images.
-        indices: the client's.
-        settings: local training.
     """
     model, batches = copy.deepcopy(model), open_batches(train)
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -82,24 +75,15 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._held = 0
-        self._seen: set[int] = set()
+        self.peak, self._held = 0, {}  # bytes by storage
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen | given:
-                self._watch(leaf.untyped_storage())
+            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
+            if storage is not None and storage._cdata not in given | self._held.keys():
+                self._held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._held.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._held.values()))
         return out
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, length = storage._cdata, storage.nbytes()
-        self._seen.add(key)
-        self._held += length
-        self.peak = max(self.peak, self._held)
-        weakref.finalize(storage, self._freed, key, length)
-
-    def _freed(self, key: int, length: int) -> None:
-        self._seen.discard(key)
-        self._held -= length
