@@ -17,8 +17,8 @@ from mllmfl_lite.federated import METHODS, FedAvg, Federation
 from mllmfl_lite.models import CompactModel, build_model, load_model, with_head
 from mllmfl_lite.runs.config import Experiment
 from mllmfl_lite.teachers import load_imagenet, load_mllm, load_zero_shot
+from mllmfl_lite.teachers.answers import PoolLabels
 from mllmfl_lite.teachers.base import Teacher
-from mllmfl_lite.teachers.labels import PoolLabels
 
 
 def load_federation(experiment: Experiment) -> Federation:

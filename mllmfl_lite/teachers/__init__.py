@@ -1,4 +1,4 @@
-"""Frozen models on the server: CLIP, LLaVA, an ImageNet network."""
+"""Frozen models on the server: CLIP, LLaVA, an ImageNet network, and the cache of their answers."""
 
 from mllmfl_lite.teachers.clip import ClipTeacher, load_clip
 from mllmfl_lite.teachers.imagenet import NETWORKS, ImageNetTeacher, load_imagenet
@@ -8,5 +8,5 @@ __all__ = ["ClipTeacher", "ImageNetTeacher", "MllmTeacher", "load_clip", "load_i
 
 
 def load_zero_shot(name: str, device: str = "auto") -> ClipTeacher | ImageNetTeacher:
-    """The teacher of that name that scores class names: a network of `NETWORKS`, else a CLIP."""
-    return load_imagenet(name, device) if name in NETWORKS else load_clip(name, device=device)
+    """Load the teacher of that name that scores class names: a network of `NETWORKS`, else a CLIP."""
+    return (load_imagenet if name.strip() in NETWORKS else load_clip)(name, device=device)

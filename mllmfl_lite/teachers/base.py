@@ -1,22 +1,27 @@
-"""What all frozen teachers share: a name, a device, batches, an identity."""
+"""What all frozen teachers share: batches, an identity, and checks of names and of a model's folder."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllmfl_lite.repro import ASSETS
+from mllmfl_lite.data.names import spoken
+from mllmfl_lite.repro import ASSETS, pick_device
 
 BUNDLED = {name: str(ASSETS / name) for name in ("tiny_clip", "tiny_llava")}  # the stand-ins, by their short names
 TINY_CLIP, TINY_LLAVA = BUNDLED.values()
-SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")  # files of a model folder that may change an answer
+# what changes an answer in a model's folder, besides the weights
+SETTINGS = ("*config.json", "*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*/*.jinja")
 
 
 class Teacher:
@@ -29,44 +34,37 @@ class Teacher:
         model: the network.
         device: where it runs.
         batch_size: images at a time.
-        settings: what else changes its answers (preprocessing, templates), as text; part of its identity.
+        settings: what else changes its answers, as text; part of its identity.
     """
 
+    family: str
+    pixels: Callable[[Sequence], Tensor]  # images as this model wants them: float (N, 3, H, W), on its device
+
     def __init__(self, name: str, model: torch.nn.Module, device: torch.device, batch_size: int, settings: str = ""):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         self.name, self.device, self.batch_size, self.settings = name, device, batch_size, settings
         self.model = model.to(device).eval().requires_grad_(False)
 
     @functools.cached_property
     def identity(self) -> str:
-        """Name, and a checksum of weights and settings: ``"tiny_llava-1f0c2a..."``."""
+        """Family, and a checksum of weights, precision and settings, as ``"llava-1f0c2a..."``; no path, no device."""
         digest = hashlib.sha256(self.settings.encode())
         for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"{Path(self.name).name.replace(':', '-')}-{digest.hexdigest()[:12]}"
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return f"{self.family}-{digest.hexdigest()[:12]}"
+
+    def asked(self, names: Sequence[str]) -> str:
+        """What the model is asked in order to score these class names, as text: part of the cache's key."""
+        return "\n".join(names)
 
     def images_at_once(self, names: Sequence[str]) -> int:
         """Images in a batch when class names are scored."""
         return self.batch_size
 
-    def pixels(self, images: Sequence) -> Tensor:
-        """Images as this model wants them: float (N, 3, H, W), on its device."""
-        raise NotImplementedError
-
     def _each_batch(self, images: Sequence, work: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.inference_mode():
-            parts = [
-                work(self.pixels(images[i : i + self.batch_size])).float().cpu()
-                for i in range(0, len(images), self.batch_size)
-            ]
-        if not parts:
-            raise ValueError("there are no images; give at least one")
-        return torch.cat(parts)
+        return join_batches(images, self.batch_size, lambda batch: work(self.pixels(batch)).float().cpu())
 
     def _cost(self, encode: Callable[[Tensor], Tensor], weights: torch.nn.Module) -> tuple[int, int]:
-        """Floating-point operations of `encode` on one image, and the bytes of the weights that it uses."""
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # torch does not count inside a fused attention layer
         try:
@@ -77,12 +75,62 @@ class Teacher:
         return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights.parameters())
 
 
-def folder_settings(folder: Path) -> str:
-    """Checksums of the files in a model's folder that may change an answer, weights apart."""
-    files = {path for pattern in SETTINGS for path in folder.glob(pattern) if not path.name.endswith(".index.json")}
-    return "\n".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(files))
+def join_batches(images: Sequence, size: int, work: Callable[[Sequence], Tensor]) -> Tensor:
+    """Apply `work` to `size` images or texts at a time and join what it returns."""
+    if not len(images):
+        raise ValueError("there are no images or texts; give at least one")
+    with torch.inference_mode():
+        return torch.cat([work(images[i : i + size]) for i in range(0, len(images), size)])
 
 
-def first_line(error: Exception) -> str:
-    """The first line of another package's error, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+def check_request(name: str, device: str, batch_size: int) -> tuple[str, torch.device]:
+    """Check what a loader is given, before it loads: the name (stripped, short names as paths), and the device."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if not name.strip():
+        raise ValueError("the name of a model is empty; give a folder, a hub name or a bundled stand-in")
+    return str(Path(BUNDLED.get(name.strip(), name.strip())).expanduser()), pick_device(device)
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The class names as they are said; `ValueError` unless there is at least one, none empty and none twice."""
+    said = [spoken(name).strip() for name in names]
+    if isinstance(names, str) or not said or "" in said or len(set(said)) < len(said):
+        raise ValueError(f"class names must be a list, none of them empty, each once; got {list(names)!r:.200}")
+    return said
+
+
+def read_settings(folder: Path) -> str:
+    """Checksums of the files in a model's folder that may change an answer, weights apart.
+
+    Raises:
+        ValueError: a file is no JSON, or asks to run code from the folder.
+    """
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        try:
+            json.loads(path.read_text(encoding="utf-8"), object_hook=_refuse_code)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+    files = sorted({path for pattern in SETTINGS for path in folder.glob(pattern) if path.is_file()})
+    return "\n".join(f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)
+
+
+def _refuse_code(values: dict) -> dict:
+    if isinstance(values.get("auto_map"), (str, list, dict)):  # a number: a word of a vocabulary
+        raise ValueError("it asks to run code from its own folder (auto_map), which is refused; use another model")
+    return values
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Forbid downloads from the Hugging Face hub: what is not on this machine fails at once, without retries."""
+    was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was
+
+
+def shorten(error: Exception) -> str:
+    """Another package's error in one line."""
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

