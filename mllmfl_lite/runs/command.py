@@ -59,6 +59,7 @@ def _run(chosen: argparse.Namespace) -> int:
     if chosen.report and not Path(chosen.report).is_file():
         raise ValueError(f"there is no notebook {chosen.report}; name one, or leave --report out")
     pick_device(chosen.device)
+    sys.path.append(os.getcwd())  # a method of one's own may stand there
     todo = _unfinished(chosen)
     if needs := sorted({need for run in todo for need in missing(run.experiment, chosen.out)}):
         print("missing, and not fetched for you; nothing was started:", *needs, sep="\n", file=sys.stderr)

@@ -92,8 +92,8 @@ def _part_problems(of: Experiment) -> Iterator[str]:
     if 1 in of.stages and not of.start:
         if of.annotations not in ("bundled", "new") and not of.annotations.endswith(".jsonl"):
             yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"
-        if of.annotations == "bundled" and of.pool != BUNDLED_POOL:
-            yield f"annotations are 'bundled', which describe the pool {BUNDLED_POOL!r} only; set them to 'new'"
+        if of.annotations == "bundled" and (of.pool != BUNDLED_POOL or of.pool_images):
+            yield f"annotations are 'bundled', which describe the whole pool {BUNDLED_POOL!r}; set them to 'new'"
 
 
 def experiment_of(values: dict[str, Any]) -> Experiment:

@@ -63,7 +63,7 @@ def run_experiment(
             return run_experiment(experiment, temporary, device, workers, label, ask)
     path = result_path(folder, label or experiment.method, experiment.seed)
     if not path.exists():
-        _Run(experiment, path, device, shared).run(label or experiment.method, workers, ask)
+        _Run(experiment, path, device, shared, workers, ask).run()
     return finished(path, experiment)
 
 
@@ -80,36 +80,38 @@ def finished(path: str | Path, experiment: Experiment) -> dict:
 
 
 class _Run:
-    """One run: what it is and where, and its parts in order."""
+    """One run: its parts in order."""
 
-    def __init__(self, experiment: Experiment, path: Path, device: str, shared: str):
-        self.experiment, self.path, self.device, self.shared = experiment, path, device, shared
-        self.place, self.answers = pick_device(device), path.parent / shared / "answers"
+    def __init__(self, experiment: Experiment, path: Path, device: str, shared: str, workers: int | None, ask):
+        self.experiment, self.path, self.folder, self.name = experiment, path, path.parent, path.stem
+        self.device, self.place, self.workers, self.ask = device, pick_device(device), workers, ask
+        self.shared, self.answers = shared, path.parent / shared / "answers"
 
-    def run(self, label: str, workers: int | None, ask: Ask | None) -> None:
+    def run(self) -> None:
         started = time.perf_counter()
         federation = load_federation(self.experiment)
         method = self._method(federation)
-        with RunFolder(self.path.parent / "checkpoints" / self.path.stem, {}):  # a lock: nobody else does the same
+        with RunFolder(self.folder / "checkpoints" / self.name, {}):  # a lock: nobody else does the same
             if self.path.exists():
                 return
-            result = {"label": label, **self._stages(federation, method, (workers, ask))}
+            result = self._stages(federation, method)
             seconds = round(time.perf_counter() - started, 1)
             result["provenance"] = {**provenance(self.place), "seconds_in_this_process": seconds}
             save_result(self.path, result)
 
-    def _stages(self, federation: Federation, method: FedAvg | None, how: tuple[int | None, Ask | None]) -> dict:
-        model = self._initial_model(federation)
+    def _stages(self, federation: Federation, method: FedAvg | None) -> dict:
+        experiment, model = self.experiment, self._initial_model(federation)
         data = _data_entry(federation, model)
-        drawn, about = self._server_set(federation) if 3 in self.experiment.stages else (None, None)
-        rounds = self._rounds(federation, model, method, drawn, how)
+        drawn, about = self._server_set(federation) if 3 in experiment.stages else (None, None)
+        rounds = self._rounds(federation, model, method, drawn)
         model.load_state_dict(rounds.deployed)
         self._keep(model, federation, "federated")
         aligned = {} if drawn is None else {"server_set": about, **self._aligned(federation, model, drawn)}
         final = [aligned] if "metrics" in aligned else rounds.history
         return {
-            "parameters": parameters_of(self.experiment),
-            "summary": summarise(final, self.experiment.federated.report_rounds),
+            "label": self.name.removesuffix(f"_seed{experiment.seed}"),
+            "parameters": parameters_of(experiment),
+            "summary": summarise(final, experiment.federated.report_rounds),
             "data": data,
             "history": rounds.history,
             **({"aligned": aligned} if aligned else {}),
@@ -124,11 +126,11 @@ class _Run:
         return make_method(self.experiment, federation.train, self.answers)
 
     def _initial_model(self, federation: Federation) -> CompactModel:
-        experiment, folder, weights = self.experiment, self.path.parent, None
+        experiment, weights = self.experiment, None
         if experiment.start:
-            weights = start_file(experiment, folder)
+            weights = start_file(experiment, self.folder)
         elif 1 in experiment.stages:
-            weights = stage_one(experiment, folder, self.device, self.shared)
+            weights = stage_one(experiment, self.folder, self.device, self.shared)
         return initial_model(experiment, federation.train.num_classes, weights)
 
     def _server_set(self, federation: Federation) -> tuple[ServerSet, dict]:
@@ -138,16 +140,16 @@ class _Run:
         server_set = draw_server_set(pool, probabilities, names, self.experiment.align.per_class)
         return server_set, describe(server_set, pool)
 
-    def _rounds(self, federation, model, method: FedAvg | None, drawn, how: tuple) -> FedResult:
+    def _rounds(self, federation: Federation, model: CompactModel, method: FedAvg | None, drawn) -> FedResult:
+        experiment = self.experiment
         if method is None:
             state = {name: t.clone() for name, t in model.state_dict().items()}
             return FedResult(state, state, [])
-        if drawn is not None and self.experiment.align.when == "each round":
-            method = AlignEachRound(drawn, self.experiment.align, model)
-        workers, ask = how
-        kept = self.path.parent / "checkpoints" / rounds_key(self.experiment)
-        execution = Execution(kept, self.device, workers, self.path.stem)
-        return run_federated(model, federation, method, self.experiment.federated, self.experiment.seed, execution, ask)
+        if drawn is not None and experiment.align.when == "each round":
+            method = AlignEachRound(drawn, experiment.align, model)
+        kept = self.folder / "checkpoints" / rounds_key(experiment)
+        execution = Execution(kept, self.device, self.workers, self.name)
+        return run_federated(model, federation, method, experiment.federated, experiment.seed, execution, self.ask)
 
     def _aligned(self, federation: Federation, model: CompactModel, drawn: ServerSet) -> dict:
         """Metrics and losses of the aligned model; nothing if each round aligned."""
@@ -159,7 +161,7 @@ class _Run:
         return {"metrics": metrics, "history": done.history}
 
     def _keep(self, model: CompactModel, federation: Federation, name: str) -> None:
-        path = self.path.parent / "models" / f"{self.path.stem}-{name}.safetensors"
+        path = self.folder / "models" / f"{self.name}-{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_model(path, model, self.experiment.model, self.experiment.width, federation.train.names)
 
