@@ -6,20 +6,25 @@ import torch
 from conftest import make_imagenet_teacher, make_images
 from torch.nn.functional import cross_entropy
 
-from mllmfl_lite import baselines
 from mllmfl_lite.data.batches import Batches
+from mllmfl_lite.federated import METHODS, FedAvg, Federation, FedSettings, creff
+from mllmfl_lite.federated import run_federated as run_on
 from mllmfl_lite.federated.clip2fl import CLIP2FL
 from mllmfl_lite.federated.creff import HEAD, CReFF, head_gradients, mean_by_class
-from mllmfl_lite.federated.methods import FedAvg, FedSettings
-from mllmfl_lite.federated.rounds import METHODS, run_federated
 from mllmfl_lite.measure.cost import PeakMemory
 from mllmfl_lite.models import distillation
-from mllmfl_lite.repro import torch_generator
-from mllmfl_lite.runs.experiment import Experiment
+from mllmfl_lite.repro import Execution, torch_generator
+from mllmfl_lite.runs import Experiment, load_federation
+from mllmfl_lite.runs.parts import make_method
 from mllmfl_lite.teachers.clip import ClipTeacher
 
+FEW = load_federation(Experiment("cifar10_mini", num_clients=10)).train
 QUICK = FedSettings(rounds=2, clients_per_round=2, local_epochs=1, batch_size=16, lr=0.05)
 SMALL = {"per_class": 5, "match_steps": 5, "head_epochs": 3, "repeats": 2}
+
+
+def run_federated(model, train, split, test, method, settings, **execution):
+    return run_on(model, Federation(train, split, test), method, settings, 0, Execution(device="cpu", **execution))
 
 
 def clip2fl(images, **options):
@@ -85,7 +90,7 @@ def test_matching_brings_gradients_nearer():
 
 
 def test_a_client_sends_the_mean_gradient_of_each_class_it_holds(images, model, monkeypatch):
-    monkeypatch.setattr(baselines, "strongly_augmented", lambda batches, rows, generator: batches.plain(rows))
+    monkeypatch.setattr(creff, "strongly_augmented", lambda batches, rows, generator: batches.plain(rows))
     own = torch.from_numpy(np.flatnonzero(images.labels != 1))
     head = {name: t.detach() + 0.1 for name, t in model.named_parameters() if name in HEAD}
     sent = CReFF(images=1000, repeats=2).upload(model, Batches(images), own, head, torch_generator(0))
@@ -116,7 +121,7 @@ def test_the_fresh_head_separates_what_can_be_separated():
 
 def test_strong_augmentation_changes_each_image_its_own_way_and_is_repeatable(images):
     batches, rows = Batches(images), torch.zeros(8, dtype=torch.long)
-    one, again = (baselines.strongly_augmented(batches, rows, torch_generator(3)) for _ in range(2))
+    one, again = (creff.strongly_augmented(batches, rows, torch_generator(3)) for _ in range(2))
     assert torch.equal(one, again) and len({tuple(x.flatten().tolist()) for x in one}) == 8
     assert one.shape == batches.plain(rows).shape and torch.isfinite(one).all()
 
@@ -150,7 +155,7 @@ def test_distillation_of_oneself_costs_nothing():
 def test_the_contrastive_term_by_hand(images):
     method = clip2fl(images, contrast=2.0, contrast_temperature=0.5)
     features, classes, linear = torch.randn(2, 4, 5), torch.tensor([0, 2]), torch.randn(7, 5)
-    found = method.beside_matching(features, classes, {"map": linear}).item()
+    found = method.other_loss(features, classes, {"map": linear}).item()
     total = 0
     for own, c in zip(features, classes.tolist(), strict=True):
         prototype = linear @ own.mean(0)
@@ -174,9 +179,9 @@ def test_clip2fl_needs_clip(images):
 
 def test_an_imagenet_network_can_take_clips_place(monkeypatch):
     teacher, asked = make_imagenet_teacher(size=8), []
-    monkeypatch.setattr("mllmfl_lite.imagenet_teacher.load_imagenet", lambda *a, **k: asked.append(a) or teacher)
-    few = Experiment("cifar10_mini", num_clients=4).clients()[0].subset(np.arange(6))
-    method = Experiment(method="clip2fl", clip="efficientnet_lite2").build_method(few)
+    monkeypatch.setattr("mllmfl_lite.teachers.load_imagenet", lambda *a, **k: asked.append(a) or teacher)
+    few = FEW.subset(np.arange(6))
+    method = make_method(Experiment(method="clip2fl", clip="efficientnet_lite2"), few)
     assert asked[0][0] == "efficientnet_lite2"
     assert torch.equal(method.clip_logits, teacher.class_logits(few.images, few.names))
     assert torch.equal(method.text_features, teacher.class_features(few.names))
@@ -184,22 +189,22 @@ def test_an_imagenet_network_can_take_clips_place(monkeypatch):
 
 
 def test_clip_is_asked_about_the_clients_images():
-    few = Experiment("cifar10_mini", num_clients=4).clients()[0].subset(np.arange(6))
+    few = FEW.subset(np.arange(6))
     method = CLIP2FL.for_clients(few, "tiny_clip")
     assert method.clip_logits.shape == (6, 10) and method.clip_flops > 1e6 and method.clip_bytes > 1e6
     torch.testing.assert_close(method.text_features.norm(dim=1), torch.ones(10))
 
 
 def test_clips_answers_are_kept_and_not_asked_for_again(tmp_path, monkeypatch):
-    few = Experiment("cifar10_mini", num_clients=4).clients()[0].subset(np.arange(6))
+    few = FEW.subset(np.arange(6))
     experiment = Experiment(method="clip2fl")
-    fresh = experiment.build_method(few, tmp_path)
+    fresh = make_method(experiment, few, tmp_path)
     assert torch.equal(fresh.clip_logits, CLIP2FL.for_clients(few).clip_logits)
     monkeypatch.setattr(ClipTeacher, "features", None)
-    again = experiment.build_method(few, tmp_path)
-    assert again.identity() == fresh.identity() and len(list(tmp_path.glob("*.safetensors"))) == 1
-    with pytest.raises(TypeError):  # other images are asked about
-        experiment.build_method(few.subset(np.arange(3)), tmp_path)
+    again = make_method(experiment, few, tmp_path)
+    assert again.identity() == fresh.identity() and len(list(tmp_path.rglob("*.npy"))) == 1
+    with pytest.raises(ValueError, match="not callable"):  # other images are asked about
+        make_method(experiment, few.subset(np.arange(3)), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ in the rounds
@@ -249,6 +254,9 @@ class Witness(FedAvg):
     def upload(self, model, batches, own, received, generator):
         return {"rows": own, "bias": model.head.bias.detach().clone(), "received": received["seven"]}
 
+    def check_upload(self, extra, state):
+        pass
+
     def server_update(self, state, mean, memory, uploads, generator):
         self.seen.extend(uploads)
         return mean, memory
@@ -279,8 +287,7 @@ class HeadOnly(FedAvg):
 
 def test_a_sixth_method_takes_one_file(images, model, split):
     start = model.state_dict()
-    train, _ = Experiment("cifar10_mini", num_clients=4).clients()
-    method = Experiment(method="test_baselines:HeadOnly").build_method(train)
+    method = make_method(Experiment(method="test_baselines:HeadOnly"), images)
     state = run_federated(model, images, split, images, method, QUICK).state
     assert {n for n in state if not torch.equal(state[n], start[n])} == set(HEAD)
 
@@ -294,11 +301,11 @@ def test_matching_a_few_classes_at_a_time_gives_the_same_features_and_holds_less
         options |= {"clip_logits": torch.zeros(1, classes), "text_features": texts / texts.norm(dim=1, keepdim=True)}
     method = METHODS[name](**options)
     head = {"head.weight": torch.randn(classes, width, generator=draw), "head.bias": torch.zeros(classes)}
-    memory = method.init_memory(head, torch_generator(0, "memory"))
+    memory = method.init_server_state(head, torch_generator(0, "memory"))
     sent = {"classes": torch.arange(classes), "gradients": torch.randn(classes, classes, width + 1, generator=draw)}
     found, peaks = [], []
     for at_once in (2**27, 2 * classes * (width + 1)):
-        monkeypatch.setattr(baselines, "MATCHED", at_once)
+        monkeypatch.setattr(creff, "MATCHED", at_once)
         with PeakMemory() as meter:
             found.append(method.server_update({}, {}, memory, [sent], torch_generator(0, "server"))[1])
         peaks.append(meter.peak)

@@ -18,25 +18,7 @@ METHODS: dict[str, type[FedAvg]] = {
 }
 
 __all__ = [
-    "CLIP2FL",
-    "METHODS",
-    "AlignEachRound",
-    "Ask",
-    "CReFF",
-    "ClientDiverged",
-    "ClientResult",
-    "FedAvg",
-    "FedAvgM",
-    "FedProx",
-    "FedResult",
-    "FedSettings",
-    "Federation",
-    "State",
-    "Task",
-    "Workers",
-    "choose_clients",
-    "client_step",
-    "run_federated",
-    "train_client",
-    "weighted_mean",
-]
+    "CLIP2FL", "METHODS", "AlignEachRound", "Ask", "CReFF", "ClientDiverged", "ClientResult", "FedAvg", "FedAvgM",
+    "FedProx", "FedResult", "FedSettings", "Federation", "State", "Task", "Workers", "choose_clients", "client_step",
+    "run_federated", "train_client", "weighted_mean",
+]  # fmt: skip

@@ -13,21 +13,16 @@ from mllmfl_lite.repro import all_finite
 
 State = dict[str, Tensor]
 NORM_FACTOR = 10.0  # an update this many times larger than the round's median is refused
+LARGEST_LOSS = 1e6
 
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What a client sends back.
+    """What a client sends back."""
 
-    Attributes:
-        state: its weights after local training, BatchNorm statistics included.
-        extra: the method's `upload`.
-        loss: its mean training loss.
-    """
-
-    state: State
-    extra: State
-    loss: float
+    state: State  #: its weights after local training, BatchNorm statistics included
+    extra: State  #: the method's `upload`
+    loss: float  #: mean over its training steps
 
     def to(self, device: torch.device) -> ClientResult:
         """The same with its tensors on the device."""
@@ -61,42 +56,41 @@ def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
     return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
 
 
-def check_state(sent: State, state: State) -> None:
-    """Raise `ValueError` unless a client's weights have the global ones' names, shapes and types and are possible.
+def refused(
+    results: dict[int, ClientResult], steps: dict[int, int], state: State, check_upload: Callable[[State, State], None]
+) -> dict[int, str]:
+    """Clients whose result cannot be used, with the reason.
 
-    Args:
-        sent: the client's weights.
-        state: the global weights.
+    `steps` has the local steps of each client that was asked, `state` the weights that the round started from.
     """
-    if sent.keys() != state.keys():
-        raise ValueError(f"its weights have other names: {sorted(sent.keys() ^ state.keys())[:3]}")
-    for name, tensor in sent.items():
+    reasons = {}
+    for client, result in results.items():
+        try:
+            if client not in steps:
+                raise ValueError("it was not asked in this round")
+            _check(result, state)
+            check_upload(result.extra, state)
+        except Exception as error:  # nothing that a client sends may end the run
+            reasons[client] = str(error) if isinstance(error, ValueError) else repr(error)
+    sound = {client: result.state for client, result in results.items() if client not in reasons}
+    return reasons | outliers(sound, steps, state)
+
+
+def _check(sent: ClientResult, state: State) -> None:
+    """Raise `ValueError` unless weights have the global ones' names, shapes and types, and all numbers are possible."""
+    if sent.state.keys() != state.keys():
+        raise ValueError(f"its weights have other names: {sorted(sent.state.keys() ^ state.keys())[:3]}")
+    for name, tensor in sent.state.items():
         if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(state[name].shape)}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has a number that is not finite")
         if name.endswith("running_var") and (tensor < 0).any():
             raise ValueError(f"{name} is a variance, and it is negative")
-
-
-def unsound(results: dict[int, ClientResult], state: State, check_upload: Callable) -> dict[int, str]:
-    """Clients whose result cannot be used, with the reason.
-
-    Args:
-        results: what clients sent.
-        state: the global weights.
-        check_upload: the method's check of what stands beside the weights.
-    """
-    reasons = {}
-    for client, result in results.items():
-        try:
-            check_state(result.state, state)
-            if not (all_finite(result.extra.values()) and math.isfinite(result.loss)):
-                raise ValueError("it sent a number that is not finite")
-            check_upload(result.extra, state)
-        except ValueError as error:
-            reasons[client] = str(error)
-    return reasons
+    if not all_finite(sent.extra.values()):
+        raise ValueError("its upload has a number that is not finite")
+    if not abs(sent.loss) <= LARGEST_LOSS:
+        raise ValueError(f"its loss is {sent.loss:.3g}; at most {LARGEST_LOSS:g} is accepted")
 
 
 def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dict[int, str]:
@@ -104,11 +98,6 @@ def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dic
 
     Norms of weights and of BatchNorm statistics are compared apart, each divided by the root of the client's local
     steps (a random walk grows so). The median is the lower one. A single client has nothing to be compared with.
-
-    Args:
-        sent: the clients' weights, each sound by `check_state`.
-        steps: each client's local steps.
-        state: the global weights that the round started from.
     """
     reasons: dict[int, str] = {}
     for part in ("weights", "BatchNorm statistics"):

@@ -19,12 +19,7 @@ from mllmfl_lite.repro import all_finite, torch_generator
 
 
 class ClientDiverged(RuntimeError):
-    """A client's loss or weights are no longer finite. Its round is not aggregated.
-
-    Attributes:
-        client: the client's number.
-        round: the round, counted from 1.
-    """
+    """The loss or weights of `client` are no longer finite in `round`, counted from 1. The round is not aggregated."""
 
     def __init__(self, client: int, round: int):
         super().__init__(
@@ -36,21 +31,13 @@ class ClientDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """What the server gives to one client in one round.
+    """What the server gives to one client in one round."""
 
-    Attributes:
-        state: the global weights.
-        received: the method's `broadcast`.
-        round: counted from 1.
-        client: the client's number.
-        seed: of the run.
-    """
-
-    state: State
-    received: State
-    round: int
-    client: int
-    seed: int = 0
+    state: State  #: the global weights
+    received: State  #: the method's `broadcast`
+    round: int  #: counted from 1
+    client: int  #: the client's number
+    seed: int = 0  #: of the run
 
     def generator(self, name: str, *more: int) -> torch.Generator:
         """A generator for this seed, round and client."""
@@ -73,10 +60,7 @@ def train_client(
         task: the global weights; round, client and seed.
 
     Returns:
-        The mean loss over all images of all steps.
-
-    Raises:
-        ClientDiverged: the loss or a weight is not finite.
+        The mean loss over all images of all steps. Loss or weights that are not finite raise `ClientDiverged`.
     """
     model.load_state_dict(task.state)
     model.train()

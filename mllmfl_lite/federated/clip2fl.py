@@ -27,25 +27,15 @@ class CLIP2FL(CReFF):
 
     Our reading: CLIP sees each image once, whole, without augmentation, so its logits are computed before the first
     round; the linear map is optimised with the features, at the same step size.
-
-    Attributes:
-        clip_logits: CLIP's logits on all clients' images (N, C).
-        text_features: CLIP's text features of the class names, of unit length (C, D_text).
-        clip_flops: operations of CLIP's image encoder on one image.
-        clip_bytes: of its weights.
-        distill: weight of the client's distillation.
-        temperature: T.
-        contrast: weight of the server's contrastive term.
-        contrast_temperature: its temperature.
     """
 
-    clip_logits: Tensor = None
-    text_features: Tensor = None
-    clip_flops: int = 0
-    clip_bytes: int = 0
-    distill: float = 1.0
-    temperature: float = 3.0
-    contrast: float = 0.001
+    clip_logits: Tensor = None  #: CLIP's, on all clients' images (N, C)
+    text_features: Tensor = None  #: CLIP's, of the class names, of unit length (C, D_text)
+    clip_flops: int = 0  #: operations of CLIP's image encoder on one image
+    clip_bytes: int = 0  #: of its weights
+    distill: float = 1.0  #: weight of the client's distillation
+    temperature: float = 3.0  #: T
+    contrast: float = 0.001  #: weight of the server's contrastive term
     contrast_temperature: float = 0.1
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from mllmfl_lite.federated.methods import FedAvg, State
 from mllmfl_lite.models import CompactModel
 
 MATCHED = 2**27  # gradient entries in memory at once on the server: 4 bytes each, about six copies
+LARGEST_GRADIENT = 1e4  # that a client may send: such features do not come out of BatchNorm
 HEAD = ("head.weight", "head.bias")
 
 
@@ -66,33 +67,25 @@ class CReFF(FedAvg):
 
     Our reading: gradients are taken in evaluation mode, at the last round's retrained head; the mean over clients is
     not weighted; a class that no drawn client holds keeps its synthetic features.
-
-    Attributes:
-        per_class: S, synthetic features a class.
-        match_steps: steps of plain gradient descent on the synthetic features each round.
-        match_lr: step size of this descent.
-        head_epochs: passes over the synthetic features when the head is trained.
-        head_lr: its step size.
-        head_batch: features a step.
-        repeats: augmented views over which a client averages a class's gradient.
-        images: at most so many images of a class a repeat.
     """
 
-    per_class: int = 100
-    match_steps: int = 100
-    match_lr: float = 0.1
-    head_epochs: int = 300
-    head_lr: float = 0.01
-    head_batch: int = 32
-    repeats: int = 10
-    images: int = 32
+    per_class: int = 100  #: S, synthetic features a class
+    match_steps: int = 100  #: steps of plain gradient descent on the synthetic features each round
+    match_lr: float = 0.1  #: step size of this descent
+    head_epochs: int = 300  #: passes over the synthetic features when the head is trained
+    head_lr: float = 0.01  #: its step size
+    head_batch: int = 32  #: features a step
+    repeats: int = 10  #: augmented views over which a client averages a class's gradient
+    images: int = 32  #: at most so many images of a class a repeat
 
     def broadcast(self, server_state: State) -> State:
         """The retrained head, at which gradients are taken."""
         return {name: server_state[name] for name in HEAD}
 
     @torch.no_grad()
-    def upload(self, model: CompactModel, batches: Batches, indices: Tensor, received: State, generator) -> State:
+    def upload(
+        self, model: CompactModel, batches: Batches, indices: Tensor, received: State, generator: torch.Generator
+    ) -> State:
         """`classes` (k,), the classes that the client holds, and `gradients` (k, C, D + 1)."""
         model.eval()
         head, labels = [received[name] for name in HEAD], batches.labels[indices]
@@ -101,21 +94,23 @@ class CReFF(FedAvg):
         return {"classes": classes, "gradients": torch.stack(gradients)}
 
     def check_upload(self, extra: State, state: State) -> None:
-        """Require each class once, and one gradient for each."""
+        """Require each class once, and one possible gradient for each: no error of a softmax is larger than one."""
         if extra.keys() != {"classes", "gradients"}:
             raise ValueError(f"classes and gradients are wanted; it sent {sorted(extra)[:3]}")
-        head, classes, gradients = state["head.weight"], extra["classes"], extra["gradients"]
-        count, width = head.shape
-        if classes.dtype != torch.int64 or classes.dim() != 1 or not set(classes.tolist()) <= set(range(count)):
-            raise ValueError(f"classes must be whole numbers from 0 to {count - 1}")
-        if len(classes.unique()) < len(classes):
-            raise ValueError("a class stands twice; send one gradient a class")
-        shape = (len(classes), count, width + 1)
+        classes, gradients, head = extra["classes"], extra["gradients"], state["head.weight"]
+        held, (count, width) = classes.tolist(), head.shape
+        if classes.dtype != torch.int64 or not held or sorted(set(held) & set(range(count))) != sorted(held):
+            raise ValueError(f"classes must be whole numbers from 0 to {count - 1}, each once; it sent {held[:10]}")
+        shape = (len(held), count, width + 1)
         if (gradients.shape, gradients.dtype) != (shape, head.dtype):
             sent = f"{gradients.dtype} {tuple(gradients.shape)}"
             raise ValueError(f"gradients must be {head.dtype} {shape}; it sent {sent}")
+        if not (gradients[..., -1].abs().max() <= 1.001 and gradients.abs().max() <= LARGEST_GRADIENT):
+            raise ValueError(f"its gradients are impossibly large, up to {gradients.abs().max():.3g}")
 
-    def _gradient(self, model, batches, rows, head, generator) -> Tensor:
+    def _gradient(
+        self, model: CompactModel, batches: Batches, rows: Tensor, head: list[Tensor], generator: torch.Generator
+    ) -> Tensor:
         def once() -> Tensor:
             some = rows[torch.randperm(len(rows), generator=generator)[: self.images].to(rows.device)]
             features = model.features(strongly_augmented(batches, some, generator))
@@ -148,7 +143,7 @@ class CReFF(FedAvg):
         labels = present[:, None].expand(-1, self.per_class)
         some = max(1, MATCHED // wanted[0].numel())  # classes at once: this bounds the memory used
         for _ in range(self.match_steps):
-            steps = self._other_steps(free, present, others)
+            steps = list(torch.autograd.grad(self.other_loss(moved, present, others), free))
             parts = zip(moved.detach().split(some), labels.split(some), wanted.split(some), strict=True)
             steps[0] = steps[0] + torch.cat([_towards(*part, head) for part in parts])
             with torch.no_grad():
@@ -158,20 +153,13 @@ class CReFF(FedAvg):
         features[present] = moved.detach()
         return {"features": features, **{name: t.detach() for name, t in others.items()}}
 
-    def _other_steps(self, free: list[Tensor], classes: Tensor, trained: State) -> list[Tensor]:
-        """Gradients of `other_loss`; zeros if there is none."""
-        loss = self.other_loss(free[0], classes, trained)
-        if not isinstance(loss, Tensor):
-            return [torch.zeros_like(tensor) for tensor in free]
-        return list(torch.autograd.grad(loss, free))
-
     def other_trained(self, server_state: State) -> State:
         """Other tensors to optimise with the features."""
         return {}
 
-    def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor | float:
-        """A further term of the server's loss."""
-        return 0.0
+    def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
+        """A further term of the server's loss; none."""
+        return 0 * features.sum()
 
     def _fresh_head(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         classes, count, width = features.shape

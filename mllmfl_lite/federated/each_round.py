@@ -17,17 +17,11 @@ from mllmfl_lite.stages.server_set import ServerSet
 
 @dataclass(frozen=True)
 class AlignEachRound(FedAvg):
-    """FedAvg whose mean is aligned on the server set before it goes on.
+    """FedAvg whose mean is aligned on the server set before it goes on."""
 
-    Attributes:
-        server_set: the class-balanced set.
-        settings: of each alignment.
-        model: any model of the right shape.
-    """
-
-    server_set: ServerSet
-    settings: AlignSettings
-    model: CompactModel
+    server_set: ServerSet  #: class-balanced
+    settings: AlignSettings  #: of each alignment
+    model: CompactModel  #: any of the right shape
 
     def identity(self) -> dict:
         """The set's checksums and the settings."""

@@ -1,8 +1,9 @@
-"""The images of a federation, and what is checked before its first round."""
+"""The images of a federation, what is checked before its first round, and what makes two runs the same."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -11,23 +12,17 @@ import torch
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.partition import Split, check_split
-from mllmfl_lite.federated.methods import FedSettings
+from mllmfl_lite.federated.methods import FedAvg, FedSettings
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import numpy_generator
+from mllmfl_lite.repro import numpy_generator, sha256_arrays
 
 
 class Federation(NamedTuple):
-    """The images of a federation.
+    """The images of a federation."""
 
-    Attributes:
-        train: all clients' images.
-        split: each client's indices into `train`.
-        test: images to test on.
-    """
-
-    train: ImageSet
-    split: Split
-    test: ImageSet
+    train: ImageSet  #: all clients' images
+    split: Split  #: each client's indices into them
+    test: ImageSet  #: images to test on
 
 
 def choose_clients(num_clients: int, settings: FedSettings, round_: int, seed: int) -> list[int]:
@@ -67,3 +62,17 @@ def _trains_on_one(model: CompactModel, train: ImageSet) -> bool:
     except ValueError:
         return False
     return True
+
+
+def identity_of(model: CompactModel, federation: Federation, method: FedAvg, settings: FedSettings, seed: int) -> dict:
+    """What two runs must share to be the same run. A finished run may be continued, so `rounds` is left out."""
+    numbers = {k: v for k, v in asdict(settings).items() if k not in ("rounds", "eval_every", "report_rounds")}
+    return {
+        **numbers,
+        "seed": seed,
+        "method": method.identity(),
+        "train": federation.train.checksum(),
+        "test": federation.test.checksum(),
+        "split": sha256_arrays(federation.split),
+        "initial_weights": sha256_arrays(t.cpu().numpy() for t in model.state_dict().values()),
+    }

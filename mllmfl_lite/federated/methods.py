@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.federated.aggregate import State
+from mllmfl_lite.federated.aggregate import State, weighted_mean
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import settings_class, sha256_arrays
 
@@ -28,25 +28,17 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 class FedSettings:
     """Numbers of a federated run. Defaults: the benchmarks' protocol at full scale.
 
-    Attributes:
-        rounds: T, communication rounds; 0 leaves the clients out.
-        clients_per_round: clients drawn each round, without replacement.
-        local_epochs: E, passes over its images that a drawn client makes.
-        batch_size: images a step.
-        lr: step size of the clients' SGD (no momentum, no weight decay, no schedule, a fresh optimiser each round).
-        eval_every: test every so many rounds; the last `report_rounds` are always tested.
-        report_rounds: a run reports the mean over so many last rounds.
-        precision: of the clients' forward and backward pass. ``"bfloat16"``: autocast, weights stay float32.
-            ``"tf32"``: on a GPU, for the whole run; on a CPU it is ``"float32"``.
+    Clients' SGD has no momentum, weight decay or schedule, and a fresh optimiser each round.
     """
 
-    rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 200
-    clients_per_round: Count = 8
-    local_epochs: Count = 10
-    batch_size: Count = 32
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    eval_every: Count = 1
-    report_rounds: Count = 10
+    rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 200  #: T, communication rounds; 0 leaves the clients out
+    clients_per_round: Count = 8  #: clients drawn each round, without replacement
+    local_epochs: Count = 10  #: E, passes over its images that a drawn client makes
+    batch_size: Count = 32  #: images a step
+    lr: Annotated[float, Field(gt=0)] = 0.1  #: step size of the clients' SGD
+    eval_every: Count = 1  #: test every so many rounds; the last `report_rounds` are always tested
+    report_rounds: Count = 10  #: a run reports the mean over so many last rounds
+    #: of clients' passes; bfloat16: autocast, weights stay float32; tf32: on a GPU, for the whole run
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
 
     def evaluates(self, round_: int) -> bool:
@@ -59,7 +51,9 @@ class FedAvg:
     """Federated averaging (McMahan et al., 2017): clients minimise cross-entropy, the server takes the mean.
 
     Order in a round: the server sends the weights and `broadcast`; each drawn client computes `upload`, trains on
-    `local_loss` and sends its weights; the server averages and calls `server_update`. `deployed` is tested.
+    `local_loss` and sends its weights; the server checks what came (`check_upload`), calls `aggregate` and then
+    `server_update`. `deployed` is tested. A hook's `generator` is its only source of chance. What comes from several
+    clients is in order of client number.
     """
 
     clip_flops: ClassVar[int] = 0  # operations of a CLIP on one image, if clients run one
@@ -67,14 +61,7 @@ class FedAvg:
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: float) -> FedAvg:
-        """Build the method for these clients' images.
-
-        Args:
-            train: all clients' images.
-            clip: name of the CLIP, for methods that ask one.
-            folder: cache of its answers.
-            **options: the method's own numbers.
-        """
+        """Build the method for these clients' images; `clip` names the CLIP of methods that ask one, into `folder`."""
         return cls(**options)
 
     def to(self, device: torch.device | str) -> FedAvg:
@@ -99,36 +86,25 @@ class FedAvg:
     ) -> State:
         """What a client sends beside its weights, computed before it trains.
 
-        Args:
-            model: with the global weights of this round.
-            batches: all training images.
-            indices: the client's, int64 (n_k,).
-            received: the server's `broadcast`.
-            generator: the only source of chance.
+        `model` has the global weights, `batches` all training images; `indices` are the client's, int64 (n_k,).
         """
         return {}
 
     def check_upload(self, extra: State, state: State) -> None:
-        """Raise `ValueError` unless `extra`, a client's upload, is sound. Override it together with `upload`.
-
-        Args:
-            extra: what the client sent beside its weights; its numbers are finite.
-            state: the global weights.
-        """
+        """Raise `ValueError` unless a client's upload is sound; its numbers are finite. Override it with `upload`."""
         if extra and type(self).upload is FedAvg.upload:
             raise ValueError(f"{type(self).__name__} takes nothing beside the weights; it sent {sorted(extra)[:3]}")
 
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
-        """The client's loss on a batch.
+        """The client's loss on a batch of augmented images x (B, 3, H, W) with labels y (B,).
 
-        Args:
-            model: in training mode.
-            x: augmented images (B, 3, H, W).
-            y: labels (B,).
-            rows: the images' indices into all training images (B,).
-            anchor: the weights the client started from.
+        `rows` (B,) are their indices into all training images, `anchor` the weights that the client started from.
         """
         return cross_entropy(model(x), y)
+
+    def aggregate(self, states: list[State], sizes: list[int]) -> State:
+        """Combine the clients' weights; `sizes` are their numbers of images."""
+        return weighted_mean(states, sizes)
 
     def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
         """Tensors that the server keeps from round to round beside the weights."""
@@ -139,12 +115,7 @@ class FedAvg:
     ) -> tuple[State, State]:
         """Return the new global weights and server state.
 
-        Args:
-            state: the global weights that this round started from.
-            mean: the clients' weighted mean.
-            server_state: the old one.
-            uploads: each client's `upload`, by rising client number.
-            generator: the only source of chance.
+        `state` are the weights that the round started from, `mean` is what `aggregate` returned.
         """
         return mean, server_state
 

@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mllmfl_lite.checkpoint import CheckpointError, RunFolder
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion, predict
-from mllmfl_lite.federated.aggregate import State, outliers, unsound, weighted_mean
-from mllmfl_lite.federated.clients import ClientResult, Task, Workers, client_step
-from mllmfl_lite.federated.federation import Federation, check_run, choose_clients
+from mllmfl_lite.federated.aggregate import ClientResult, State, refused
+from mllmfl_lite.federated.clients import Task, Workers, client_step
+from mllmfl_lite.federated.federation import Federation, check_run, choose_clients, identity_of
 from mllmfl_lite.federated.methods import FedAvg, FedSettings
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import (
-    Execution,
-    all_finite,
-    count_cores,
-    pick_device,
-    progress_bar,
-    sha256_arrays,
-    tf32,
-    torch_generator,
-)
+from mllmfl_lite.repro import Execution, all_finite, count_cores, pick_device, progress_bar, tf32, torch_generator
 
 log = logging.getLogger(__name__)
 EVAL_PART = 1000  # images that a worker tests at a time
+Results = tuple[dict[int, ClientResult], dict[int, str]]  # by client; reasons by client that is left out
 
-# Client transport: (weights, broadcast, round, clients) -> (results by client, reasons by missing client).
-Ask = Callable[[State, State, int, list[int]], tuple[dict[int, ClientResult], dict[int, str]]]
+# Client transport: (weights, broadcast, round, clients) -> results and reasons.
+Ask = Callable[[State, State, int, list[int]], Results]
 
 
 @dataclass(frozen=True)
 class FedResult:
-    """What a run returns.
+    """What a run returns."""
 
-    Attributes:
-        state: the final global weights.
-        deployed: the weights that are tested and used; equal to `state` for most methods.
-        history: one record a round: round, clients, left_out, train_loss, metrics (None if not tested), seconds.
-    """
-
-    state: State
-    deployed: State
-    history: list[dict]
+    state: State  #: the final global weights
+    deployed: State  #: the weights that are tested and used; equal to `state` for most methods
+    history: list[dict]  #: a record a round: round, clients, left_out, train_loss, metrics (None: not tested), seconds
 
 
 def run_federated(
@@ -75,8 +59,8 @@ def run_federated(
         settings: rounds, participation, local training; the protocol at full scale by default.
         seed: of client draws, batches and augmentation.
         execution: with a folder, a checkpoint is saved after each round, and the run resumes from it.
-        ask: reaches clients that are not threads of this process. Who does not answer, or sends weights that are not
-            sound, is left out of the mean and named in the round's record.
+        ask: reaches clients that are not threads of this process. Who does not answer, or sends what is not sound, is
+            left out of the mean and named in the round's record.
 
     Raises:
         ValueError: parts that do not fit, a round without a sound result, or a server step that diverged.
@@ -85,47 +69,48 @@ def run_federated(
     """
     method, settings, execution = method or FedAvg(), settings or FedSettings(), execution or Execution(device="cpu")
     check_run(model, federation, settings)
-    rounds = _Rounds(model, federation, method, settings, seed, execution, ask)
+    rounds = _Rounds(model, federation, method, settings, seed, execution)
     if not execution.folder:
-        return rounds.run(None)
-    with RunFolder(execution.folder, _identity(model, federation, method, settings, seed)) as folder:
-        return rounds.run(folder)
+        return rounds.run(None, ask)
+    with RunFolder(execution.folder, identity_of(model, federation, method, settings, seed)) as folder:
+        return rounds.run(folder, ask)
 
 
 class _Rounds:
     """One run: what stays the same from round to round, and the loop."""
 
-    def __init__(self, model, federation, method, settings, seed, execution, ask):
-        device = pick_device(execution.device)
-        self.method, self.settings, self.seed, self.label, self.ask = (
-            method.to(device), settings, seed, execution.label, ask,
-        )  # fmt: skip
-        self.model = copy.deepcopy(model).to(device)
-        self.train, self.test = (open_batches(data, device) for data in (federation.train, federation.test))
-        self.split = [torch.from_numpy(np.ascontiguousarray(indices)).to(device) for indices in federation.split]
-        self.test_labels, self.num_classes = federation.test.labels, federation.test.num_classes
+    def __init__(
+        self, model: CompactModel, federation: Federation, method: FedAvg, settings: FedSettings, seed: int,
+        execution: Execution,
+    ):  # fmt: skip
+        self.device = pick_device(execution.device)
+        self.model, self.method = copy.deepcopy(model).to(self.device), method.to(self.device)
+        self.settings, self.seed = settings, seed
+        self.train, self.test = (open_batches(data, self.device) for data in (federation.train, federation.test))
+        self.split = [torch.from_numpy(np.ascontiguousarray(indices)).to(self.device) for indices in federation.split]
+        self.truth, self.num_classes = federation.test.labels, federation.test.num_classes
         self.groups = class_groups(federation.train.subset(np.concatenate(federation.split)).class_counts())
-        default = 1 if device.type == "cuda" else count_cores()
+        default = 1 if self.device.type == "cuda" else count_cores()
         self.worker_count = max(1, min(execution.workers or default, settings.clients_per_round))
+        self.label = execution.label or "rounds"
 
-    def run(self, folder: RunFolder | None) -> FedResult:
+    def run(self, folder: RunFolder | None, ask: Ask | None) -> FedResult:
         done, state, server_state, history = self._start(folder)
         total, drawn = self.settings.rounds, self.settings.clients_per_round
         with (
             tf32(self.settings.precision == "tf32"),
-            Workers(self.model, self.worker_count) as workers,
-            progress_bar(total * drawn, "client", self.label or "rounds", done * drawn) as bar,
+            Workers(self.model, self.worker_count) as self.workers,
+            progress_bar(total * drawn, "client", self.label, done * drawn) as self.bar,
         ):
             for round_ in range(done + 1, total + 1):
-                state, server_state, record = self._round(workers, state, server_state, round_, bar)
+                state, server_state, record = self._round(ask or self._ask_threads, state, server_state, round_)
                 history.append(record)
                 if folder:
                     folder.save(round_, _pack(state, server_state), history)
-                if record["metrics"]:
-                    bar.set_postfix_str(f"top-1 {record['metrics']['top1']:.1%}", refresh=False)
         return FedResult(state, self.method.deployed(state, server_state), history)
 
     def _start(self, folder: RunFolder | None) -> tuple[int, State, State, list[dict]]:
+        """Rounds done, weights, server state and history: from the checkpoint, or the beginning."""
         found = folder.load() if folder else None
         if found is None:
             state = {name: t.clone() for name, t in self.model.state_dict().items()}
@@ -137,57 +122,62 @@ class _Rounds:
                 f"{folder.path} holds {done} rounds already; ask for at least as many, not for "
                 f"{self.settings.rounds}, or choose another folder"
             )
-        tensors = {name: t.to(self.train.labels.device) for name, t in tensors.items()}
+        tensors = {name: t.to(self.device) for name, t in tensors.items()}
         return done, _unpack(tensors, "model."), _unpack(tensors, "server."), history
 
-    def _round(self, workers: Workers, state: State, server_state: State, round_: int, bar: tqdm):
+    def _round(self, ask: Ask, state: State, server_state: State, round_: int) -> tuple[State, State, dict]:
+        """Weights, server state and record after the round."""
         started = time.perf_counter()
         chosen = choose_clients(len(self.split), self.settings, round_, self.seed)
-        received = self.method.broadcast(server_state)
-        ask = self.ask or functools.partial(self._ask_threads, workers, bar)
-        results, left_out = self._accept(*ask(state, received, round_, chosen), state, round_)
-        bar.update(round_ * len(chosen) - bar.n)  # threads were counted one by one
+        answers = ask(state, self.method.broadcast(server_state), round_, chosen)
+        results, left_out = self._accept(*answers, chosen, state, round_)
+        self.bar.update(round_ * len(chosen) - self.bar.n)  # threads were counted one by one
         if not results:
             raise ValueError(
                 f"no client sent a sound result in round {round_}: {left_out}. Nothing was trained in this round and "
                 "nothing is saved; see that clients are connected and numbered from 0, then start again"
             )
-        state, server_state = workers.submit(self._server, state, server_state, results, round_).result()
-        deployed = self.method.deployed(state, server_state)
+        state, server_state = self.workers.submit(self._server, state, server_state, results, round_).result()
         sizes = [len(self.split[client]) for client in results]
+        tested = self.settings.evaluates(round_)
         record = {
             "round": round_,
             "clients": list(results),
             **({"left_out": {str(client): reason for client, reason in left_out.items()}} if left_out else {}),
             "train_loss": float(np.average([result.loss for result in results.values()], weights=sizes)),
-            "metrics": self._evaluate(workers, deployed) if self.settings.evaluates(round_) else None,
+            "metrics": self._evaluate(self.method.deployed(state, server_state)) if tested else None,
         }
         return state, server_state, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _accept(self, results, left_out, state, round_) -> tuple[dict[int, ClientResult], dict[int, str]]:
+    def _accept(
+        self, results: dict[int, ClientResult], left_out: dict[int, str], chosen: list[int], state: State, round_: int
+    ) -> Results:
         """Sound results by rising client number, on the server's device; the reasons for all others."""
-        epochs, batch, device = self.settings.local_epochs, self.settings.batch_size, self.train.labels.device
-        steps = {client: epochs * math.ceil(len(self.split[client]) / batch) for client in results}
-        refused = unsound(results, state, self.method.check_upload)
-        sound = {client: result.to(device) for client, result in sorted(results.items()) if client not in refused}
-        refused |= outliers({client: result.state for client, result in sound.items()}, steps, state)
-        for client, reason in refused.items():
+        epochs, batch = self.settings.local_epochs, self.settings.batch_size
+        steps = {client: epochs * math.ceil(len(self.split[client]) / batch) for client in chosen}
+        results = {client: result.to(self.device) for client, result in sorted(results.items())}
+        reasons = {client: "it did not answer" for client in chosen if client not in results} | left_out
+        reasons |= refused(results, steps, state, self.method.check_upload)
+        for client, reason in reasons.items():
             log.warning("round %d: client %d is left out: %s", round_, client, reason)
-        return {c: result for c, result in sound.items() if c not in refused}, {**left_out, **refused}
+        return {client: result for client, result in results.items() if client not in reasons}, reasons
 
-    def _ask_threads(self, workers: Workers, bar: tqdm, state: State, received: State, round_: int, chosen: list[int]):
+    def _ask_threads(self, state: State, received: State, round_: int, chosen: list[int]) -> Results:
+        def train(model: CompactModel, client: int) -> ClientResult:
+            task = Task(state, received, round_, client, self.seed)
+            return client_step(model, self.train, self.split[client], self.method, self.settings, task)
+
         jobs = {}
         for client in sorted(chosen, key=lambda client: -len(self.split[client])):  # longest first
-            jobs[client] = workers.submit(self._client, Task(state, received, round_, client, self.seed))
-            jobs[client].add_done_callback(lambda _: bar.update())
+            jobs[client] = self.workers.submit(train, client)
+            jobs[client].add_done_callback(lambda _: self.bar.update())
         return {client: jobs[client].result() for client in chosen}, {}
 
-    def _client(self, model: CompactModel, task: Task) -> ClientResult:
-        return client_step(model, self.train, self.split[task.client], self.method, self.settings, task)
-
-    def _server(self, model, state: State, server_state: State, results: dict[int, ClientResult], round_: int):
+    def _server(
+        self, model: CompactModel, state: State, server_state: State, results: dict[int, ClientResult], round_: int
+    ) -> tuple[State, State]:
         sizes = [len(self.split[client]) for client in results]
-        mean = weighted_mean([result.state for result in results.values()], sizes)
+        mean = self.method.aggregate([result.state for result in results.values()], sizes)
         uploads, generator = [result.extra for result in results.values()], torch_generator(self.seed, "server", round_)
         state, server_state = self.method.server_update(state, mean, server_state, uploads, generator)
         if not all_finite((*state.values(), *server_state.values())):
@@ -197,29 +187,17 @@ class _Rounds:
             )
         return state, server_state
 
-    def _evaluate(self, workers: Workers, state: State) -> dict:
+    def _evaluate(self, state: State) -> dict:
         def test_part(model: CompactModel, part: Tensor) -> Tensor:
             model.load_state_dict(state)
             return predict(model, self.test, part)
 
-        parts = torch.arange(len(self.test), device=self.test.labels.device).split(EVAL_PART)
-        predictions = torch.cat([job.result() for job in [workers.submit(test_part, part) for part in parts]])
-        confusion = confusion_matrix(self.test_labels, predictions.cpu().numpy(), self.num_classes)
-        return metrics_from_confusion(confusion, self.groups)
-
-
-def _identity(model, federation, method, settings, seed) -> dict:
-    """What two runs must share to be the same run. A finished run may be continued, so `rounds` is left out."""
-    numbers = {k: v for k, v in asdict(settings).items() if k not in ("rounds", "eval_every", "report_rounds")}
-    return {
-        **numbers,
-        "seed": seed,
-        "method": method.identity(),
-        "train": federation.train.checksum(),
-        "test": federation.test.checksum(),
-        "split": sha256_arrays(federation.split),
-        "initial_weights": sha256_arrays(t.cpu().numpy() for t in model.state_dict().values()),
-    }
+        parts = torch.arange(len(self.test), device=self.device).split(EVAL_PART)
+        predictions = torch.cat([job.result() for job in [self.workers.submit(test_part, part) for part in parts]])
+        confusion = confusion_matrix(self.truth, predictions.cpu().numpy(), self.num_classes)
+        metrics = metrics_from_confusion(confusion, self.groups)
+        self.bar.set_postfix_str(f"top-1 {metrics['top1']:.1%}", refresh=False)
+        return metrics
 
 
 def _pack(state: State, server_state: State) -> State:
