@@ -20,7 +20,7 @@ from mllmfl_lite.teaching.compare import (
     reported,
     seeds_needed,
 )
-from mllmfl_lite.teaching.tables import Gallery, Table, check, percent, safe
+from mllmfl_lite.teaching.tables import Gallery, Table, check, check_parameters, percent, safe
 
 
 def test_check_answers_back():
@@ -203,3 +203,30 @@ def test_seeds_needed_at_the_ends():
 def test_reported_figures_have_a_source():
     for entry in reported().values():
         assert entry["source"]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "sentence"),
+    [
+        (8, (10, 100), "k must be a whole number from 10 to 100; got 8"),
+        (10.0, (10, 100), "k must be a whole number from 10 to 100; got 10.0"),
+        (True, (0, 1), "k must be a whole number from 0 to 1; got True"),
+        ("0.5", (0.0, 1.0), "k must be a number from 0.0 to 1.0; got '0.5'"),
+        (float("nan"), (0.0, 1.0), "k must be a number from 0.0 to 1.0; got nan"),
+        (0.05, [0.0, 1.0], "k must be a list of numbers from 0.0 to 1.0; got 0.05"),
+        ("1, 2", [1, 9], "k must be a list of whole numbers from 1 to 9; got '1, 2'"),
+        ([], [1, 9], "k must be a list of whole numbers from 1 to 9; got []"),
+        ([1], (1, 9), "k must be a whole number from 1 to 9; got [1]"),
+        ("c", {"b", "a"}, "k must be one of 'a', 'b'; got 'c'"),
+        (["a"], {"b", "a"}, "k must be one of 'a', 'b'; got ['a']"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_in_one_sentence(value, rule, sentence):
+    with pytest.raises(ValueError) as error:
+        check_parameters({"k": value}, k=rule)
+    assert str(error.value) == sentence
+
+
+def test_right_parameters_pass():
+    values = {"a": 3, "b": 3, "c": 0.5, "d": [0.1, 1], "e": "word"}
+    check_parameters(values, a=(1, 3), b=(0.0, 3.0), c=(0.5, 1.0), d=[0.05, 1.0], e={"word"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,10 @@ METHOD_STYLES = {  # label, colour, marker
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults for the book."""
+    """Set matplotlib's defaults for the book; in a notebook, show figures whatever MPLBACKEND says."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell and plt.get_backend().lower() == "agg":
+        shell.run_line_magic("matplotlib", "inline")
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.4),

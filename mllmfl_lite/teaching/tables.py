@@ -1,4 +1,4 @@
-"""Show tables and galleries in chapters, and answer the reader's guesses. All text is escaped."""
+"""Show tables and galleries in chapters, check parameters and the reader's guesses. All text is escaped."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ def check(answer: object, is_right: Callable[[object], bool], hint: str) -> str:
     if answer is None:
         return "Your turn: write your answer in place of None and run the cell again."
     return "Right!" if is_right(answer) else f"Not yet. {hint}"
+
+
+def check_parameters(values: dict, **allowed: tuple | list | set) -> None:
+    """Refuse a chapter's parameters in one sentence.
+
+    A rule is a set of choices, or lowest and highest number: a tuple for a number, a list for a list of them. Whole
+    bounds ask for whole numbers.
+    """
+    for name, rule in allowed.items():
+        value, many = values[name], isinstance(rule, list)
+        if isinstance(rule, set):
+            fits, words = value in list(rule), "one of " + ", ".join(map(repr, sorted(rule)))
+        else:
+            (low, high), kinds = rule, (int,) if isinstance(rule[0], int) else (int, float)
+            numbers = value if many and isinstance(value, list) else [value]
+            fits = isinstance(value, list) == many and all(type(n) in kinds and low <= n <= high for n in numbers)
+            words = (
+                f"{'a list of' if many else 'a'}{' whole' * (len(kinds) == 1)} number{'s' * many} from {low} to {high}"
+            )
+        if not fits or value == []:
+            raise ValueError(f"{name} must be {words}; got {value!r}")
 
 
 def percent(mean: float | None, spread: float | None = None) -> str:
