@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_imagenet_teacher, make_images
+from conftest import make_imagenet_teacher
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import Batches
@@ -91,13 +91,13 @@ def test_matching_brings_gradients_nearer():
 
 def test_a_client_sends_the_mean_gradient_of_each_class_it_holds(images, model, monkeypatch):
     monkeypatch.setattr(creff, "strongly_augmented", lambda batches, rows, generator: batches.plain(rows))
-    own = torch.from_numpy(np.flatnonzero(images.labels != 1))
+    indices = torch.from_numpy(np.flatnonzero(images.labels != 1))
     head = {name: t.detach() + 0.1 for name, t in model.named_parameters() if name in HEAD}
-    sent = CReFF(images=1000, repeats=2).upload(model, Batches(images), own, head, torch_generator(0))
+    sent = CReFF(images=1000, repeats=2).upload(model, Batches(images), indices, head, torch_generator(0))
     assert sent["classes"].tolist() == [0, 2] and sent["gradients"].shape == (2, 3, model.num_features + 1)
     model.load_state_dict({**model.state_dict(), **head})
     for c, mine in zip((0, 2), sent["gradients"], strict=True):
-        rows = own[Batches(images).labels[own] == c]
+        rows = indices[Batches(images).labels[indices] == c]
         loss = cross_entropy(model.eval()(Batches(images).plain(rows)), torch.full((len(rows),), c))
         weight, bias = torch.autograd.grad(loss, (model.head.weight, model.head.bias))
         torch.testing.assert_close(mine, torch.cat([weight, bias[:, None]], 1), rtol=1e-3, atol=1e-5)
@@ -111,6 +111,33 @@ def test_gradients_are_averaged_over_the_clients_that_hold_a_class():
     ]
     mean, present = mean_by_class(uploads, 3)
     assert present.tolist() == [0, 2] and mean[:, 0, 0].tolist() == [1.0, 0.0, 3.0]
+
+
+BAD_UPLOADS = {
+    "shape": (lambda u: u.update(gradients=u["gradients"][:, :2]), "gradients must be torch.float32"),
+    "type": (lambda u: u.update(gradients=u["gradients"].double()), "it sent torch.float64"),
+    "outside": (lambda u: u["classes"].fill_(3), "whole numbers from 0 to 2, each once; it sent"),
+    "negative": (lambda u: u["classes"].sub_(9), "whole numbers from 0 to 2"),
+    "twice": (lambda u: u["classes"].fill_(u["classes"][0]), "each once"),
+    "floats": (lambda u: u.update(classes=u["classes"].float()), "whole numbers"),
+    "none": (lambda u: u.update(classes=u["classes"][:0], gradients=u["gradients"][:0]), "whole numbers"),
+    "missing": (lambda u: u.pop("classes"), "classes and gradients are wanted"),
+    "huge": (lambda u: u["gradients"].fill_(1e30), "impossibly large"),
+    "bias": (lambda u: u["gradients"][..., -1].fill_(1.1), "impossibly large"),
+    "features": (lambda u: u["gradients"][..., 0].fill_(1e5), "impossibly large"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_UPLOADS)
+def test_an_impossible_upload_is_refused(images, model, fault):
+    method, state = CReFF(**SMALL), model.state_dict()
+    indices = torch.arange(20)
+    sent = method.upload(model, Batches(images), indices, {name: state[name] for name in HEAD}, torch_generator(0))
+    method.check_upload(sent, state)
+    spoil, reason = BAD_UPLOADS[fault]
+    spoil(sent)
+    with pytest.raises(ValueError, match=reason):
+        method.check_upload(sent, state)
 
 
 def test_the_fresh_head_separates_what_can_be_separated():
@@ -134,7 +161,7 @@ def test_the_clients_loss_by_hand(images, model):
     method, rows = clip2fl(images, distill=0.5, temperature=3.0), torch.tensor([4, 9])
     x, y = Batches(images).plain(rows), Batches(images).labels[rows]
     found = method.local_loss(model.eval(), x, y, rows, {}).item()
-    out, told = model(x).detach().double().numpy(), method.clip_logits[rows].double().numpy()
+    out, teacher = model(x).detach().double().numpy(), method.clip_logits[rows].double().numpy()
 
     def softened(z):
         e = np.exp(z / 3.0)
@@ -142,7 +169,7 @@ def test_the_clients_loss_by_hand(images, model):
 
     p = np.exp(out) / np.exp(out).sum(1, keepdims=True)
     ce = -np.mean([np.log(p[i, c]) for i, c in enumerate(y.tolist())])
-    q, s = softened(told), softened(out)
+    q, s = softened(teacher), softened(out)
     assert found == pytest.approx(ce + 0.5 * 9.0 * np.mean((q * (np.log(q) - np.log(s))).sum(1)), rel=1e-4)
 
 
@@ -157,8 +184,8 @@ def test_the_contrastive_term_by_hand(images):
     features, classes, linear = torch.randn(2, 4, 5), torch.tensor([0, 2]), torch.randn(7, 5)
     found = method.other_loss(features, classes, {"map": linear}).item()
     total = 0
-    for own, c in zip(features, classes.tolist(), strict=True):
-        prototype = linear @ own.mean(0)
+    for group, c in zip(features, classes.tolist(), strict=True):
+        prototype = linear @ group.mean(0)
         near = [(prototype @ t / (prototype.norm() * t.norm())).item() / 0.5 for t in method.text_features]
         total += -np.log(np.exp(near[c]) / np.exp(near).sum())
     assert found == pytest.approx(2.0 * total / 2, rel=1e-4)
@@ -229,7 +256,7 @@ def test_what_is_tested_is_what_is_deployed(images, model, split):
 class Stubborn(FedAvg):
     """Never learns, as far as one can see."""
 
-    def deployed(self, state, memory):
+    def deployed(self, state, server_state):
         return {**state, "head.weight": 0 * state["head.weight"], "head.bias": torch.tensor([0.0, 0.0, 1.0])}
 
 
@@ -248,18 +275,18 @@ class Witness(FedAvg):
 
     seen: list = field(default_factory=list)
 
-    def broadcast(self, memory):
+    def broadcast(self, server_state):
         return {"seven": torch.tensor(7)}
 
-    def upload(self, model, batches, own, received, generator):
-        return {"rows": own, "bias": model.head.bias.detach().clone(), "received": received["seven"]}
+    def upload(self, model, batches, indices, received, generator):
+        return {"rows": indices, "bias": model.head.bias.detach().clone(), "received": received["seven"]}
 
     def check_upload(self, extra, state):
         pass
 
-    def server_update(self, state, mean, memory, uploads, generator):
+    def server_update(self, state, mean, server_state, uploads, generator):
         self.seen.extend(uploads)
-        return mean, memory
+        return mean, server_state
 
 
 @pytest.mark.parametrize("make", [lambda _: CReFF(**SMALL), clip2fl])
@@ -281,8 +308,8 @@ def test_another_clip_is_another_run(images):
 class HeadOnly(FedAvg):
     """A method of one's own, as a reader would write it: the server takes the clients' heads and keeps its body."""
 
-    def server_update(self, state, mean, memory, uploads, generator):
-        return {**state, **{name: mean[name] for name in HEAD}}, memory
+    def server_update(self, state, mean, server_state, uploads, generator):
+        return {**state, **{name: mean[name] for name in HEAD}}, server_state
 
 
 def test_a_sixth_method_takes_one_file(images, model, split):
@@ -301,20 +328,15 @@ def test_matching_a_few_classes_at_a_time_gives_the_same_features_and_holds_less
         options |= {"clip_logits": torch.zeros(1, classes), "text_features": texts / texts.norm(dim=1, keepdim=True)}
     method = METHODS[name](**options)
     head = {"head.weight": torch.randn(classes, width, generator=draw), "head.bias": torch.zeros(classes)}
-    memory = method.init_server_state(head, torch_generator(0, "memory"))
+    server_state = method.init_server_state(head, torch_generator(0, "memory"))
     sent = {"classes": torch.arange(classes), "gradients": torch.randn(classes, classes, width + 1, generator=draw)}
     found, peaks = [], []
     for at_once in (2**27, 2 * classes * (width + 1)):
         monkeypatch.setattr(creff, "MATCHED", at_once)
         with PeakMemory() as meter:
-            found.append(method.server_update({}, {}, memory, [sent], torch_generator(0, "server"))[1])
+            found.append(method.server_update({}, {}, server_state, [sent], torch_generator(0, "server"))[1])
         peaks.append(meter.peak)
     for key in found[0]:
         torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-5, atol=1e-6)
     assert peaks[1] < peaks[0] / 2
-    assert not torch.equal(found[0]["features"], memory["features"])
-
-
-def test_methods_have_their_names():
-    assert {"fedavg", "fedavgm", "fedprox", "creff", "clip2fl"} <= METHODS.keys()
-    assert make_images(4).num_classes == 3
+    assert not torch.equal(found[0]["features"], server_state["features"])

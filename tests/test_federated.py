@@ -1,9 +1,9 @@
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,14 +39,19 @@ from mllmfl_lite.repro import Execution, torch_generator
 QUICK = FedSettings(rounds=3, clients_per_round=2, local_epochs=2, batch_size=8, lr=0.05)
 
 
-def run_federated(model, train, split, test, method=None, settings=None, seed=0, ask=None, **execution):
-    return run_on(
-        model, Federation(train, split, test), method, settings, seed, Execution(device="cpu", **execution), ask
-    )
+def run_federated(model, images, split, method=None, settings=QUICK, seed=0, ask=None, test=None, **execution):
+    federation = Federation(images, split, images if test is None else test)
+    return run_on(model, federation, method, settings, seed, Execution(device="cpu", **execution), ask)
 
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def in_float64(model):
+    """The same model in float64, fed with float32 images."""
+    model.double().register_forward_pre_hook(lambda _, inputs: inputs[0].double())
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ the weighted mean
@@ -54,6 +59,7 @@ def equal(a: dict, b: dict) -> bool:
 numbers = st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(numbers, st.integers(1, 50)), min_size=1, max_size=5))
 def test_weighted_mean_is_numpys(pairs):
     states = [{"w": torch.tensor(values, dtype=torch.float32)} for values, _ in pairs]
@@ -84,14 +90,14 @@ def test_states_of_different_models_are_refused():
 # ------------------------------------------------------------------------------------------------ methods
 
 
-def train_by_hand(model, images, own, settings, round_, client, mu=0.0):
+def train_by_hand(model, images, indices, settings, round_, client, mu=0.0):
     """Local training with torch's own autograd on the written-out loss, and no optimiser."""
     model.train()
     anchor = [p.detach().clone() for p in model.parameters()]
     batches = Batches(images)
     for epoch in range(settings.local_epochs):
         generator = torch_generator(0, "batches", round_, client, epoch)
-        order = torch.as_tensor(own)[torch.randperm(len(own), generator=generator)]
+        order = torch.as_tensor(indices)[torch.randperm(len(indices), generator=generator)]
         for part in order.split(settings.batch_size):
             loss = cross_entropy(model(batches.augmented(part, generator)), batches.labels[part])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -103,31 +109,25 @@ def train_by_hand(model, images, own, settings, round_, client, mu=0.0):
 
 @pytest.mark.parametrize("method", [FedAvg(), FedProx(mu=0.7)])
 def test_a_round_is_local_sgd_and_a_weighted_mean(images, model, method):
+    """In float64: in float32 training amplifies last bits, which a processor decides."""
     split = partition.dirichlet(images.labels, 3, 1.0, seed=1)
     one = replace(QUICK, rounds=1, clients_per_round=3)
-    result = run_federated(model, images, split, images, method, one)
-    locals_ = [
-        train_by_hand(build_model("resnet8", 3, width=4), images, own, one, 1, k, getattr(method, "mu", 0))
-        for k, own in enumerate(split)
+    result = run_federated(in_float64(model), images, split, method, one)
+    trained = [
+        train_by_hand(
+            in_float64(build_model("resnet8", 3, width=4)), images, indices, one, 1, k, getattr(method, "mu", 0)
+        )
+        for k, indices in enumerate(split)
     ]
-    sizes = [len(own) for own in split]
+    sizes = [len(indices) for indices in split]
     for name, value in result.state.items():
-        mean = sum(n * s[name].double() for n, s in zip(sizes, locals_, strict=True)) / sum(sizes)
-        torch.testing.assert_close(value.double(), mean.round() if "tracked" in name else mean, rtol=1e-3, atol=1e-4)
+        mean = sum(n * s[name].double() for n, s in zip(sizes, trained, strict=True)) / sum(sizes)
+        torch.testing.assert_close(value.double(), mean.round() if "tracked" in name else mean, rtol=1e-8, atol=1e-10)
 
 
 def test_fedprox_with_no_spring_is_fedavg_to_the_bit(images, model, split):
-    runs = [run_federated(model, images, split, images, m, QUICK).state for m in (FedAvg(), FedProx(mu=0.0))]
+    runs = [run_federated(model, images, split, m, QUICK).state for m in (FedAvg(), FedProx(mu=0.0))]
     assert equal(*runs)
-
-
-def test_a_strong_spring_holds_clients_back(images, model, split):
-    def moved(mu):
-        one = replace(QUICK, rounds=1)
-        state = run_federated(model, images, split, images, FedProx(mu=mu), one).state
-        return sum((state[n] - p).square().sum().item() for n, p in model.named_parameters())
-
-    assert moved(10.0) < moved(0.0) / 2
 
 
 def test_server_momentum_in_closed_form():
@@ -154,7 +154,7 @@ def test_server_momentum_steps_from_the_state_that_the_round_began_with(model):
 
 
 def test_training_learns_something(images, model, split):
-    result = run_federated(model, images, split, images, FedAvg(), replace(QUICK, rounds=12, lr=0.1))
+    result = run_federated(model, images, split, FedAvg(), replace(QUICK, rounds=12, lr=0.1))
     assert summarise(result.history, 3)["top1"] > 0.8
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 2
 
@@ -164,7 +164,7 @@ def test_training_learns_something(images, model, split):
 
 @pytest.mark.parametrize("method", [FedAvg(), FedProx(), FedAvgM()])
 def test_the_number_of_workers_changes_no_bit(images, model, split, method):
-    runs = [run_federated(model, images, split, images, method, QUICK, workers=n) for n in (1, 2, 3)]
+    runs = [run_federated(model, images, split, method, QUICK, workers=n) for n in (1, 2, 3)]
     assert all(equal(runs[0].state, other.state) for other in runs[1:])
     without_time = [[{**r, "seconds": 0} for r in run.history] for run in runs]
     assert without_time[0] == without_time[1] == without_time[2]
@@ -173,9 +173,9 @@ def test_the_number_of_workers_changes_no_bit(images, model, split, method):
 def test_the_global_generator_and_the_given_model_are_left_alone(images, model, split):
     before, weights = torch.random.get_rng_state(), {n: t.clone() for n, t in model.state_dict().items()}
     torch.manual_seed(3)
-    first = run_federated(model, images, split, images, settings=QUICK).state
+    first = run_federated(model, images, split).state
     torch.manual_seed(4)
-    assert equal(first, run_federated(model, images, split, images, settings=QUICK).state)
+    assert equal(first, run_federated(model, images, split).state)
     assert equal(weights, model.state_dict())
     torch.random.set_rng_state(before)
 
@@ -196,8 +196,8 @@ def remote(images, split, missing=()):
 
 
 def test_clients_that_are_asked_elsewhere_give_the_same_bits(images, model, split):
-    here = run_federated(model, images, split, images, settings=QUICK, workers=1)
-    there = run_federated(model, images, split, images, settings=QUICK, ask=remote(images, split))
+    here = run_federated(model, images, split, workers=1)
+    there = run_federated(model, images, split, ask=remote(images, split))
     assert equal(here.state, there.state)
     assert [r["clients"] for r in here.history] == [r["clients"] for r in there.history]
     assert not any("left_out" in record for record in there.history)
@@ -207,7 +207,7 @@ def test_a_client_that_is_left_out_is_named_and_not_in_the_mean(images, model, s
     drawn = choose_clients(4, QUICK, 1, 0)
     (only,) = drawn[1:]
     settings = replace(QUICK, rounds=1)
-    run = run_federated(model, images, split, images, settings=settings, ask=remote(images, split, {(1, drawn[0])}))
+    run = run_federated(model, images, split, settings=settings, ask=remote(images, split, {(1, drawn[0])}))
     (record,) = run.history
     assert record["clients"] == [only] and record["left_out"] == {str(drawn[0]): "asleep"}
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -218,20 +218,46 @@ def test_a_client_that_is_left_out_is_named_and_not_in_the_mean(images, model, s
 def test_a_round_in_which_nobody_answers_is_an_error_and_no_progress(images, model, split, tmp_path):
     nobody = {(2, client) for client in range(4)}
     with pytest.raises(ValueError, match=r"no client sent a sound result in round 2: .*asleep"):
-        run_federated(
-            model, images, split, images, settings=QUICK, ask=remote(images, split, nobody), folder=tmp_path
-        )  # fmt: skip
-    whole = run_federated(model, images, split, images, settings=QUICK)
-    resumed = run_federated(model, images, split, images, settings=QUICK, ask=remote(images, split), folder=tmp_path)
+        run_federated(model, images, split, ask=remote(images, split, nobody), folder=tmp_path)
+    whole = run_federated(model, images, split)
+    resumed = run_federated(model, images, split, ask=remote(images, split), folder=tmp_path)
     assert equal(whole.state, resumed.state) and [r["round"] for r in resumed.history] == [1, 2, 3]
 
 
+def test_who_was_not_asked_or_says_nothing_is_named(images, model, split):
+    """One client that was drawn is silent; two others that nobody asked answer."""
+    drawn = choose_clients(4, QUICK, 1, 0)
+    other = next(client for client in range(4) if client not in drawn)
+
+    def ask(state, received, round_, chosen):
+        results, _ = remote(images, split)(state, received, round_, chosen[1:])
+        return results | dict.fromkeys((other, 99), results[chosen[1]]), {}
+
+    (record,) = run_federated(model, images, split, settings=replace(QUICK, rounds=1), ask=ask).history
+    assert record["clients"] == drawn[1:] and record["left_out"] == {
+        str(drawn[0]): "it did not answer", **dict.fromkeys((str(other), "99"), "it was not asked in this round"),
+    }  # fmt: skip
+
+
+def test_a_method_may_aggregate_in_its_own_way(images, model, split):
+    @dataclass(frozen=True)
+    class First(FedAvg):
+        def aggregate(self, states, sizes):
+            assert sizes == [len(split[client]) for client in drawn]
+            return states[0]
+
+    drawn, one = choose_clients(4, QUICK, 1, 0), replace(QUICK, rounds=1)
+    run = run_federated(model, images, split, First(), one)
+    first, _ = remote(images, split)(model.state_dict(), {}, 1, drawn[:1])
+    assert equal(run.state, first[drawn[0]].state)
+
+
 def test_seeds_change_the_run(images, model, split):
-    runs = [run_federated(model, images, split, images, settings=QUICK, seed=s).state for s in (0, 1)]
+    runs = [run_federated(model, images, split, seed=s).state for s in (0, 1)]
     assert not equal(*runs)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 3), st.integers(1, 9))
 def test_chosen_clients_are_distinct_and_in_range(clients, wanted, seed, round_):
     wanted = min(wanted, clients)
@@ -247,7 +273,7 @@ def test_every_client_takes_part_sooner_or_later():
 
 
 def test_tests_are_run_every_so_often_and_at_the_end(images, model, split):
-    run = run_federated(model, images, split, images, settings=replace(QUICK, rounds=7, eval_every=3, report_rounds=2))
+    run = run_federated(model, images, split, settings=replace(QUICK, rounds=7, eval_every=3, report_rounds=2))
     assert [r["round"] for r in run.history if r["metrics"]] == [3, 6, 7]
 
 
@@ -278,22 +304,47 @@ def test_settings_out_of_range_are_refused(name, value):
 
 def test_more_participants_than_clients_is_refused(images, model, split):
     with pytest.raises(ValueError, match="clients_per_round is 5, but there are only 4 clients"):
-        run_federated(model, images, split, images, settings=replace(QUICK, clients_per_round=5))
+        run_federated(model, images, split, settings=replace(QUICK, clients_per_round=5))
 
 
 def test_an_empty_client_is_refused(images, model, split):
     with pytest.raises(ValueError, match=r"clients \[4\] of 5 have none"):
-        run_federated(model, images, [*split, np.empty(0, np.int64)], images, settings=QUICK)
+        run_federated(model, images, [*split, np.empty(0, np.int64)])
 
 
 def test_a_head_of_the_wrong_size_is_refused(images, split):
     with pytest.raises(ValueError, match="has 3 classes, the model's head 4"):
-        run_federated(build_model("resnet8", 4, width=4), images, split, images, settings=QUICK)
+        run_federated(build_model("resnet8", 4, width=4), images, split)
 
 
 def test_no_test_images_is_refused(images, model, split):
     with pytest.raises(ValueError, match="test set has no images"):
-        run_federated(model, images, split, images.subset(np.empty(0, int)), settings=QUICK)
+        run_federated(model, images, split, test=images.subset(np.empty(0, int)))
+
+
+def test_test_images_with_classes_in_another_order_are_refused(images, model, split):
+    other = replace(images, names=images.names[::-1])
+    with pytest.raises(ValueError, match=r"must have the same class names in the same order.*.class 0. and .class 2."):
+        run_federated(model, images, split, test=other)
+
+
+def test_a_class_without_test_images_has_no_accuracy(images, model, split):
+    run = run_federated(model, images, split, test=images.subset(np.flatnonzero(images.labels != 1)))
+    summary = summarise(run.history, 2)
+    assert summary["per_class"][1] is None and 0 <= summary["per_class"][0] <= 1 and 0 <= summary["top1"] <= 1
+
+
+def test_a_last_batch_of_one_image_is_refused_before_the_rounds_if_the_model_cannot_train_on_it(images, model):
+    """ResNet-50 shrinks images of up to 32 pixels to one pixel; ResNet-8 does not."""
+    split, settings = [np.arange(17), np.arange(17, 60)], replace(QUICK, rounds=1)
+    with pytest.raises(ValueError, match=r"client 0 has 17 images, .* single one.*change batch_size \(8"):
+        run_federated(build_model("resnet50", 3), images, split, settings=settings)
+    run_federated(model, images, split, settings=settings)
+
+
+def test_a_device_without_float64_is_refused_in_one_sentence(images, model, split):
+    with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda'; got 'mps'"):
+        run_on(model, Federation(images, split, images), settings=QUICK, execution=Execution(device="mps"))
 
 
 @dataclass(frozen=True)
@@ -310,10 +361,10 @@ class Poisoned(FedAvg):
 def test_a_diverged_client_is_named_and_its_round_not_aggregated(images, model, split, tmp_path):
     method = Poisoned(start=model.head.bias[0].item())
     with pytest.raises(ClientDiverged, match=r"client \d diverged in round 2") as caught:
-        run_federated(model, images, split, images, method, QUICK, folder=tmp_path)
+        run_federated(model, images, split, method, QUICK, folder=tmp_path)
     assert caught.value.round == 2 and caught.value.client in choose_clients(4, QUICK, 2, 0)
-    after_one = run_federated(model, images, split, images, method, replace(QUICK, rounds=1)).state
-    resumed = run_federated(model, images, split, images, method, replace(QUICK, rounds=1), folder=tmp_path)
+    after_one = run_federated(model, images, split, method, replace(QUICK, rounds=1)).state
+    resumed = run_federated(model, images, split, method, replace(QUICK, rounds=1), folder=tmp_path)
     assert equal(resumed.state, after_one) and len(resumed.history) == 1
 
 
@@ -328,7 +379,7 @@ class Cliff(FedAvg):
 def test_a_server_step_that_diverges_is_the_servers_and_is_not_kept(images, model, split, tmp_path):
     settings = replace(QUICK, rounds=3)
     with pytest.raises(ValueError, match=r"the server's step of round 1 .* Lower the method's step size"):
-        run_federated(model, images, split, images, FedAvgM(server_lr=1e300), settings, folder=tmp_path)
+        run_federated(model, images, split, FedAvgM(server_lr=1e300), settings, folder=tmp_path)
     assert not list(tmp_path.glob("weights-*"))
 
 
@@ -338,29 +389,17 @@ def test_server_state_that_shares_tensors_with_the_weights_is_kept(images, model
         def server_update(self, state, mean, server_state, uploads, generator):
             return mean, {"bias": mean["head.bias"]}
 
-    again = [
-        run_federated(model, images, split, images, Keeps(), replace(QUICK, rounds=n), folder=tmp_path) for n in (1, 3)
-    ]
-    assert equal(again[1].state, run_federated(model, images, split, images, FedAvg(), QUICK).state)
+    again = [run_federated(model, images, split, Keeps(), replace(QUICK, rounds=n), folder=tmp_path) for n in (1, 3)]
+    assert equal(again[1].state, run_federated(model, images, split, FedAvg(), QUICK).state)
 
 
 def test_weights_lost_in_the_very_last_step_are_noticed(images, model, split):
     one_step = replace(QUICK, rounds=1, local_epochs=1, batch_size=1000)
     with pytest.raises(ClientDiverged, match="round 1"):
-        run_federated(model, images, split, images, Cliff(), one_step)
+        run_federated(model, images, split, Cliff(), one_step)
 
 
-# ------------------------------------------------------------------------------------------------ stop and go on
-
-
-def test_a_stopped_run_goes_on_to_the_same_bits(images, model, split, tmp_path):
-    for method in (FedAvg(), FedAvgM()):
-        folder = tmp_path / type(method).__name__
-        whole = run_federated(model, images, split, images, method, QUICK)
-        run_federated(model, images, split, images, method, replace(QUICK, rounds=1), folder=folder)
-        resumed = run_federated(model, images, split, images, method, QUICK, folder=folder)
-        assert equal(whole.state, resumed.state)
-        assert [r["metrics"] for r in whole.history] == [r["metrics"] for r in resumed.history]
+# ------------------------------------------------------------------------------------------------ stop and resume
 
 
 def test_what_is_sent_beside_the_weights_must_be_the_methods(images, model, split, caplog):
@@ -368,7 +407,7 @@ def test_what_is_sent_beside_the_weights_must_be_the_methods(images, model, spli
         sound = ClientResult(dict(state), {}, 1.0)
         return {chosen[0]: sound, chosen[1]: replace(sound, extra={"more": torch.zeros(1)})}, {}
 
-    (record,) = run_federated(model, images, split, images, settings=replace(QUICK, rounds=1), ask=ask).history
+    (record,) = run_federated(model, images, split, settings=replace(QUICK, rounds=1), ask=ask).history
     (other,) = record["left_out"]
     assert len(record["clients"]) == 1 and "FedAvg takes nothing beside the weights" in record["left_out"][other]
     assert f"client {other} is left out" in caplog.text
@@ -383,48 +422,67 @@ def test_a_method_of_ones_own_may_send_what_it_likes(images, model, split):
         def check_upload(self, extra, state):
             assert set(extra) == {"count"}
 
-    history = run_federated(model, images, split, images, Sends(), QUICK).history
+    history = run_federated(model, images, split, Sends(), QUICK).history
     assert not any("left_out" in record for record in history)
 
 
 def test_fewer_rounds_than_there_are_is_refused(images, model, split, tmp_path):
-    run_federated(model, images, split, images, settings=replace(QUICK, rounds=3), folder=tmp_path)
+    run_federated(model, images, split, settings=replace(QUICK, rounds=3), folder=tmp_path)
     with pytest.raises(CheckpointError, match="holds 3 rounds already; ask for at least as many, not for 2"):
-        run_federated(model, images, split, images, settings=replace(QUICK, rounds=2), folder=tmp_path)
+        run_federated(model, images, split, settings=replace(QUICK, rounds=2), folder=tmp_path)
+
+
+class Killed(BaseException):
+    """What no code of a run catches."""
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_run_stopped_at_any_write_resumes_to_the_same_bits(images, model, split, tmp_path, monkeypatch, writes):
+    """Three rounds rename six files into place; the run ends after `writes` of them."""
+    whole, real = run_federated(model, images, split, FedAvgM()), os.replace
+    left = iter([True] * writes)
+
+    def replace_or_stop(*paths):
+        if not next(left, False):
+            raise Killed
+        real(*paths)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(os, "replace", replace_or_stop)
+        run_federated(model, images, split, FedAvgM(), folder=tmp_path)
+    resumed = run_federated(model, images, split, FedAvgM(), folder=tmp_path)
+    assert equal(whole.state, resumed.state)
+    assert [r["metrics"] for r in whole.history] == [r["metrics"] for r in resumed.history]
 
 
 KILLED_RUN = """
-import sys, torch
+import os, signal, sys
 sys.path.insert(0, {tests!r})
-from test_federated import long_run
-state = long_run({folder!r}).state
-torch.save(state, {folder!r} + "/done.pt")
+import test_federated
+real, count = os.replace, [0]
+def replace_then_die(*paths):
+    real(*paths)
+    count[0] += 1
+    if count[0] == 3:  # the second round's weights are there, run.json still names the first's
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_then_die
+test_federated.small_run({folder!r})
 """
 
 
-def long_run(folder=None):
+def small_run(folder=None):
     data = make_images(48)
-    numbers = replace(QUICK, rounds=40)
-    start = build_model("resnet8", 3, width=4)
-    return run_federated(start, data, partition.iid(data.labels, 4, 0), data, FedAvgM(), numbers, folder=folder)
+    return run_federated(
+        build_model("resnet8", 3, width=4), data, partition.iid(data.labels, 4, 0), FedAvgM(), folder=folder
+    )
 
 
-def test_kill_9_at_random_moments_changes_no_bit(tmp_path):
-    """Kill the process again and again, a little later each time, until it gets through; compare with a quiet run."""
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_kill_9_between_two_files_changes_no_bit(tmp_path):
     code = KILLED_RUN.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    rng, kills = np.random.default_rng(), 0
-    while not (tmp_path / "done.pt").exists():
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
-        checkpoint = tmp_path / "run.json"
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.005)  # until it has written one more checkpoint
-        time.sleep(rng.uniform(0, 0.4))
-        if kills < 4:
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        assert process.wait(60) in (0, -signal.SIGKILL)
-    assert kills >= 3 and equal(torch.load(tmp_path / "done.pt"), long_run().state)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.glob("weights-*"))) == 2
+    assert equal(small_run(tmp_path).state, small_run().state)
 
 
 def test_the_second_run_in_a_folder_is_refused(images, model, split, tmp_path):
@@ -436,24 +494,24 @@ def test_the_second_run_in_a_folder_is_refused(images, model, split, tmp_path):
     try:
         assert other.stdout.readline() == b"locked\n"
         with pytest.raises(CheckpointError, match="in use by another run"):
-            run_federated(model, images, split, images, settings=QUICK, folder=tmp_path)
+            run_federated(model, images, split, folder=tmp_path)
     finally:
         other.kill()
         other.wait()
         other.stdout.close()
-    run_federated(model, images, split, images, settings=QUICK, folder=tmp_path)  # a killed run leaves no lock
+    run_federated(model, images, split, folder=tmp_path)  # a killed run leaves no lock
 
 
 @pytest.mark.parametrize(
     "change", [{"lr": 0.01}, {"seed": 5}, {"clients_per_round": 3}, {"method": FedProx()}, {"split": 9}]
 )
 def test_another_runs_folder_is_refused(images, model, split, tmp_path, change):
-    run_federated(model, images, split, images, settings=replace(QUICK, rounds=1), folder=tmp_path)
+    run_federated(model, images, split, settings=replace(QUICK, rounds=1), folder=tmp_path)
     content = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     method, seed = change.pop("method", FedAvg()), change.pop("seed", 0)
     other = partition.iid(images.labels, 4, change.pop("split", 0))
     with pytest.raises(CheckpointError, match="holds another run"):
-        run_federated(model, images, other, images, method, replace(QUICK, **change), seed, folder=tmp_path)
+        run_federated(model, images, other, method, replace(QUICK, **change), seed, folder=tmp_path)
     assert content == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
 
@@ -466,7 +524,7 @@ def test_a_read_only_folder_is_refused_before_training(images, model, split):
         os.seteuid(65534)
     try:
         with pytest.raises(CheckpointError, match="cannot be written"):
-            run_federated(model, images, split, images, settings=QUICK, folder=folder)
+            run_federated(model, images, split, folder=folder)
     finally:
         if am_root:
             os.seteuid(0)
