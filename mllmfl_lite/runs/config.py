@@ -113,7 +113,7 @@ def experiment_of(values: dict[str, Any]) -> Experiment:
     for part in ({**dropped, "stages": (1, 2, 3)}, {key: given[key] for key in given if key not in dropped}):
         try:
             experiment = Experiment(**part)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # TypeError: a key of a block is no text
             problems += str(error).splitlines()
     if problems:
         raise ValueError("\n".join(problems))

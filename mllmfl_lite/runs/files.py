@@ -19,7 +19,7 @@ LONGEST = 100_000  # bytes of a file of settings
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, in which each key stands once."""
+    """YAML without aliases, in which each key is text and stands once."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -27,7 +27,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if wrong := [key for key in keys if not isinstance(key, str)]:
+            raise ValueError(f"the key {wrong[0]!r:.60} must be text")
         if repeated := [key for key, times in Counter(keys).items() if times > 1]:
             raise ValueError(f"the key {repeated[0]!r:.60} stands twice; keep one of them")
         return super().construct_mapping(node, deep)
