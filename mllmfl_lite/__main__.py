@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     annotate_command.add_command(subparsers)
     command.add_commands(subparsers)
     chosen = parser.parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         return chosen.function(chosen)
     except (ValueError, OSError, CheckpointError, ClientDiverged) as error:

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from mllmfl_lite.models import CompactModel, build_model
 from mllmfl_lite.teachers.imagenet import ImageNetTeacher
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))  # controls, standins
 
 
 def make_images(n: int = 60, num_classes: int = 3, size: int = 8, seed: int = 0) -> ImageSet:

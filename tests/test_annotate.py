@@ -1,4 +1,4 @@
-"""Annotation: nothing lost, nothing doubled, whatever happens; filters and LLaVA's format against hand-made cases."""
+"""Annotation: nothing lost, nothing doubled, whatever happens to the process, the disk or the files; the command."""
 
 import json
 import multiprocessing
@@ -10,24 +10,21 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_images
-from hypothesis import given
-from hypothesis import strategies as st
+from fake_server import FakeServer, chat, error
 from PIL import Image
 
-from mllmfl_lite import annotate as module
+from mllmfl_lite.__main__ import main
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.folders import PictureSource, array_source, folder_source
-from mllmfl_lite.data.pictures import BadPictureError
+from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import Answer, TransformersBackend
-from mllmfl_lite.stages.filters import filter_records, is_cut_off, is_empty, is_looping
-from mllmfl_lite.stages.llava_format import check_llava, from_llava, to_llava
-from mllmfl_lite.stages.records import AnnotationError, Record, read_records
+from mllmfl_lite.stages.filters import filter_records
+from mllmfl_lite.stages.llava_format import check_llava, from_llava
+from mllmfl_lite.stages.records import Journal, Record, read_records
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
 
@@ -40,17 +37,19 @@ class Parrot:
     def __init__(self, pause=0.0):
         self.pause, self.asked = pause, 0
 
-    def answer(self, images, prompts):
-        self.asked += len(images)
-        time.sleep(self.pause)
-        colours = [np.asarray(image).reshape(-1, 3).mean(0).round().astype(int).tolist() for image in images]
-        return [
-            Answer(f"Colour {c}, place {i}, {p[:9]}.", True)
-            for i, (c, p) in enumerate(zip(colours, prompts, strict=True))
-        ]
+    def answers(self, batches, open_image):
+        for batch in batches:
+            time.sleep(self.pause)
+            for place, question in enumerate(batch):
+                self.asked += 1
+                yield question, self.answer(question, place, open_image)
 
-    def count_tokens(self, prompt):
-        return len(prompt.split())
+    def answer(self, question, place, open_image):
+        try:
+            colour = np.asarray(open_image(question.id)).reshape(-1, 3).mean(0).round().astype(int).tolist()
+        except ValueError as error:
+            return Answer(refusal=str(error))
+        return Answer(f"Colour {colour}, place {place}, {question.prompt[:9]}.")
 
 
 def record(text="A grey cat sits there.", **more):
@@ -58,308 +57,396 @@ def record(text="A grey cat sits there.", **more):
                       "prompt": prompt_hash("p"), "time": "2026-01-01T00:00:00Z"} | more))  # fmt: skip
 
 
-@pytest.fixture
-def source(images):
-    return array_source(images)
-
-
-def told(records):
+def without_time(records):
     return [replace(r, time="") for r in records]
 
 
-def test_one_record_for_each_image_and_kind(source, tmp_path):
-    summary = annotate(source, Parrot(), tmp_path / "a.jsonl")
-    assert [r.key for r in summary.records] == [(i, kind) for i in source.ids for kind in KINDS]
-    assert summary.written == len(source) * len(KINDS)
-    first = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
-    assert set(first) == {"id", "image", "kind", "text", "finished", "model", "prompt", "time"}
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.jsonl"
+
+
+def test_one_record_for_each_image_and_kind(images, path):
+    summary = annotate(images, Parrot(), path)
+    assert [r.key for r in summary.records] == [(i, kind) for i in images.ids for kind in KINDS]
+    assert summary.written == len(images) * len(KINDS) and summary.rejected == {}
     assert {r.prompt for r in summary.records} == {prompt_hash(load_prompts()[kind]) for kind in KINDS}
+    kinds = list(dict.fromkeys(r.kind for r in read_records(path)))
+    assert kinds == sorted(kinds, key=lambda kind: len(load_prompts()[kind])), "short prompts first"
 
 
-def test_a_second_run_asks_nothing(source, tmp_path):
-    annotate(source, Parrot(), tmp_path / "a.jsonl")
-    before = (tmp_path / "a.jsonl").read_bytes()
-    backend = Parrot()
-    summary = annotate(source, backend, tmp_path / "a.jsonl")
-    assert backend.asked == summary.written == 0 and (tmp_path / "a.jsonl").read_bytes() == before
-    assert len(summary.records) == len(source) * len(KINDS)
+def test_a_second_run_asks_nothing(images, path):
+    annotate(images, Parrot(), path)
+    before, backend = path.read_bytes(), Parrot()
+    summary = annotate(images, backend, path)
+    assert backend.asked == summary.written == 0 and path.read_bytes() == before
+    assert len(summary.records) == len(images) * len(KINDS)
 
 
-def run_slowly(source, path):
-    annotate(source, Parrot(pause=0.004), path)
+def run_slowly(images, path):
+    annotate(images, Parrot(pause=0.004), path)
 
 
-def test_killed_at_ten_random_moments_and_resumed(source, tmp_path):
-    whole = annotate(source, Parrot(), tmp_path / "whole.jsonl").records
+def test_killed_at_ten_random_moments_and_resumed(images, path, tmp_path):
+    whole = annotate(images, Parrot(), tmp_path / "whole.jsonl").records
     fork, rng, lengths = multiprocessing.get_context("fork"), random.Random(0), [0]
     for _ in range(10):
-        process = fork.Process(target=run_slowly, args=(source, tmp_path / "a.jsonl"))
+        process = fork.Process(target=run_slowly, args=(images, path))
         process.start()
         time.sleep(rng.uniform(0.005, 0.06))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        path = tmp_path / "a.jsonl"
         lengths.append(path.stat().st_size if path.exists() else 0)
     assert len(set(lengths)) > 3, "the kills must fall into the middle of the work"
-    assert told(annotate(source, Parrot(), tmp_path / "a.jsonl").records) == told(whole)
-    read_records(tmp_path / "a.jsonl")  # refuses doubled records and broken lines
+    assert without_time(annotate(images, Parrot(), path).records) == without_time(whole)
+    read_records(path)  # refuses doubled records and broken lines
 
 
-@pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_a_line_that_a_kill_cut_off_is_written_again(source, tmp_path, cut):
-    whole = annotate(source, Parrot(), tmp_path / "a.jsonl").records
-    content = (tmp_path / "a.jsonl").read_bytes()
-    (tmp_path / "a.jsonl").write_bytes(content[: len(content) // 2 - cut])
-    assert told(annotate(source, Parrot(), tmp_path / "a.jsonl").records) == told(whole)
+@pytest.mark.parametrize("cut", [1, 2, 30, 100, 200])
+def test_a_line_that_a_kill_cut_off_is_written_again(images, path, cut):
+    whole = annotate(images, Parrot(), path).records
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:50])[:-cut])
+    backend = Parrot()
+    assert without_time(annotate(images, backend, path).records) == without_time(whole)
+    assert len(path.read_bytes().splitlines()) == len(lines)
+    assert cut > 1 or b"".join(lines[:50]) in path.read_bytes(), "only the line break was lost"
 
 
-def test_records_of_another_model_or_prompt_are_not_mixed(source, tmp_path):
-    annotate(source, Parrot(), tmp_path / "a.jsonl")
-    before = (tmp_path / "a.jsonl").read_bytes()
-    other = Parrot()
+def test_a_batch_that_is_partly_done_is_asked_again_whole(path):
+    """So that its padding, and so its text, is the same."""
+    images = make_images(10)
+    whole = annotate(images, Parrot(), path, kinds=KINDS[:1]).records
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3] + lines[4:]))
+    assert without_time(annotate(images, Parrot(), path, kinds=KINDS[:1]).records) == without_time(whole)
+
+
+def test_records_of_another_model_or_prompt_are_not_mixed(images, path):
+    annotate(images, Parrot(), path)
+    before, other = path.read_bytes(), Parrot()
     other.model = "owl"
-    with pytest.raises(AnnotationError, match=r"records of 'parrot', this run asks 'owl'; choose another file"):
-        annotate(source, other, tmp_path / "a.jsonl")
-    with pytest.raises(AnnotationError, match="another prompt of kind 'conversation'"):
-        annotate(source, Parrot(), tmp_path / "a.jsonl", prompts=load_prompts() | {"conversation": "Talk."})
-    assert (tmp_path / "a.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match=r"records of 'parrot', now 'owl' is asked; use another file"):
+        annotate(images, other, path)
+    with pytest.raises(ValueError, match="another prompt of kind 'conversation'"):
+        annotate(images, Parrot(), path, prompts=load_prompts() | {"conversation": "Talk."})
+    with pytest.raises(ValueError, match="no prompt for poem; there are"):
+        annotate(images, Parrot(), path, kinds=["poem"])
+    assert path.read_bytes() == before
 
 
-def test_two_runs_do_not_write_one_file(source, tmp_path):
+def test_two_runs_do_not_write_one_file(images, path):
     class Nosy(Parrot):
-        def answer(self, images, prompts):
-            with pytest.raises(AnnotationError, match="being written by another run"):
-                annotate(source, Parrot(), tmp_path / "a.jsonl")
-            return super().answer(images, prompts)
+        def answer(self, *question):
+            with pytest.raises(ValueError, match="being written by another run"):
+                annotate(images, Parrot(), path)
+            return super().answer(*question)
 
-    annotate(source, Nosy(), tmp_path / "a.jsonl", kinds=KINDS[:1])
+    assert len(annotate(images, Nosy(), path, kinds=KINDS[:1]).records) == len(images)
 
 
-def test_a_full_disk_keeps_what_was_written(source, tmp_path, monkeypatch):
-    calls = []
+def test_a_run_says_how_long_it_takes(images, path):
+    told = []
+    annotate(images, Parrot(), path, kinds=KINDS[:1], tell=told.append)
+    (line,) = told
+    assert re.fullmatch(r"20 texts written; about 0\.\d minutes and [\d,]+ tokens to go", line)
 
-    def full(fd):
-        calls.append(fd)
-        if len(calls) == 3:
+
+def test_pictures_that_cannot_be_opened_are_named_and_left_out(path, tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good \udcff.png")
+    summary = annotate(folder_images(tmp_path), Parrot(), path, KINDS[:1])
+    assert [r.id for r in summary.records] == ["good \udcff.png"] and len(summary.rejected) == 30
+    assert str(tmp_path) not in path.with_suffix(".rejected.json").read_text()
+    assert annotate(folder_images(tmp_path), Parrot(), path, KINDS[:1]).written == 0
+
+
+# ------------------------------------------------------------------------------------------- files as they come to be
+
+
+def test_a_file_with_a_flipped_byte_is_refused_with_its_line_and_stays(images, path):
+    annotate(images, Parrot(), path, KINDS[:1])
+    content = path.read_bytes()
+    for place in range(0, len(content), 97):
+        for damaged in (content[place] ^ 1, 0, 10):
+            flipped = content[:place] + bytes([damaged]) + content[place + 1 :]
+            path.write_bytes(flipped)
+            try:
+                records = read_records(path)
+            except ValueError as error:
+                assert re.search(r"a\.jsonl, line \d+", str(error)) and "\n" not in str(error)
+                with pytest.raises(ValueError, match="line"):
+                    annotate(images, Parrot(), path)
+                assert path.read_bytes() == flipped
+            else:  # a blank between values; a line break; the last line break: that record is asked again
+                assert len(records) == len(images) - (place == len(content) - 1 and damaged != 10)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (b"rubbish", "line 2, is no record"), (b"[]", "line 2"), (b"[" * 100_000, "line 2"), (b"{}", "line 2"),
+    (b"\0", "line 2"),
+    (b"x" * 1_000_000, "line 2"), (b'{"id": 1}', "line 2"), (b"\xff", "line 2"),
+    (record().line()[:-1], "has two records"),
+    (record(text=7).line()[:-1], "text is of the wrong type"), (record(finished="no").line()[:-1], "finished is of"),
+])  # fmt: skip
+def test_a_line_that_is_no_record_is_named(path, line, message):
+    path.write_bytes(record().line() + line + b"\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_records(path)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_what_editors_leave_is_read(path):
+    """A byte-order mark, Windows line ends, blank lines, no line break at the end, no checksum."""
+    two = record(id="2").line()
+    unsigned = json.dumps({k: v for k, v in json.loads(two).items() if k != "crc"}).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + record().line()[:-1] + b"\r\n\n" + unsigned)
+    assert [r.id for r in read_records(path)] == ["1", "2"]
+    with pytest.raises(ValueError, match="is not a file; annotate first"):
+        read_records(path.with_name("none.jsonl"))
+
+
+def test_a_full_disk_keeps_what_was_written(images, path, tmp_path, monkeypatch):
+    whole = annotate(images, Parrot(), tmp_path / "whole.jsonl").records
+    original = Journal._write
+
+    def full(self, line):
+        if len(self.done) == 8:
+            self._file.write(line[:20])
             raise OSError(28, "No space left on device")
+        original(self, line)
 
-    whole = annotate(source, Parrot(), tmp_path / "whole.jsonl").records
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(AnnotationError, match=r"No space left on device.*8 records are kept"):
-        annotate(source, Parrot(), tmp_path / "a.jsonl")
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_write", full)
+    monkeypatch.setattr("mllmfl_lite.stages.rejected.write_json", refuse)
+    with pytest.raises(
+        ValueError, match=r"No space left on device\); make room. 8 of 180 texts .* 8 are kept; the same"
+    ):
+        annotate(images, Parrot(), path)
+    assert len(read_records(path)) == 8
     monkeypatch.undo()
-    assert told(annotate(source, Parrot(), tmp_path / "a.jsonl").records) == told(whole)
+    assert without_time(annotate(images, Parrot(), path).records) == without_time(whole)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_device_that_is_full_from_the_start(source, tmp_path):
-    journal = module._Journal(tmp_path / "a.jsonl", "m", {})
+def test_a_device_that_is_full_from_the_start(path):
+    journal = Journal(path, "m", {})
     journal._file.close()
     journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(AnnotationError, match=r"cannot be written .*make room"):
-        journal.append([record()])
+    with pytest.raises(ValueError, match=r"cannot be written .*make room"):
+        journal.append(record())
     assert journal.done == set()
 
 
-def test_bad_pictures_are_named_and_left_out(images, tmp_path):
-    def read(i):
-        if i == "bad":
-            raise BadPictureError("bad.jpg is no whole picture")
-        return Image.fromarray(images.images[0])
-
-    summary = annotate(PictureSource(["a", "bad", "c"], ["a", "bad.jpg", "c"], read), Parrot(), tmp_path / "a.jsonl")
-    assert {r.id for r in summary.records} == {"a", "c"} and summary.rejected == {"bad": "bad.jpg is no whole picture"}
-
-
-def test_the_estimate_counts_what_is_left(source, tmp_path):
-    told = []
-    annotate(source, Parrot(pause=0.001), tmp_path / "a.jsonl", kinds=KINDS[:2], tell=told.append)
-    (estimate,) = told
-    prompts = load_prompts()
-    assert estimate.records == 2 * len(source)
-    assert estimate.tokens_in == len(source) * sum(len(prompts[kind].split()) for kind in KINDS[:2])
-    assert estimate.tokens_out == 30 * estimate.records and estimate.seconds > 0
-    assert "120 records to write" in str(estimate)
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": {}}}', "[" * 100_000, "\0",
+                                     '{"a": {"b": {"reason": 1, "model": "m", "prompt": "p"}}}'])  # fmt: skip
+def test_a_damaged_list_of_rejected_pictures_is_named(images, path, content):
+    path.with_suffix(".rejected.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rejected.json is damaged .*; remove it"):
+        annotate(images, Parrot(), path)
+    assert len(annotate(images, Parrot(), path, KINDS[:1], retry_rejected=True).records) == len(images)
 
 
-def test_questions_are_sorted_by_length(source, tmp_path):
-    annotate(source, Parrot(), tmp_path / "a.jsonl")
-    kinds = list(dict.fromkeys(r.kind for r in read_records(tmp_path / "a.jsonl")))
-    prompts = load_prompts()
-    assert kinds == sorted(kinds, key=lambda kind: len(prompts[kind]))
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_unknown_kinds_and_bad_prompt_folders(source, tmp_path):
-    with pytest.raises(AnnotationError, match="no prompt for poem; there are"):
-        annotate(source, Parrot(), tmp_path / "a.jsonl", kinds=["poem"])
-    with pytest.raises(AnnotationError, match="it holds none"):
-        load_prompts(tmp_path)
-    (tmp_path / "conversation.txt").write_text("  \n")
-    with pytest.raises(AnnotationError, match="empty: conversation"):
-        load_prompts(tmp_path)
+@pytest.fixture
+def folder(tmp_path):
+    """Four pictures."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40 + i), "teal").save(tmp_path / "pictures" / f"{i}.png")
+    return tmp_path / "pictures"
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    line = json.dumps(vars(record()))
-    path.write_text(line + "\nrubbish\n" + line + "\n")
-    with pytest.raises(AnnotationError, match="line 2, is no record"):
-        read_records(path)
-    path.write_text(line + "\n" + line + "\n")
-    with pytest.raises(AnnotationError, match="line 2: image '1' has two records"):
-        read_records(path)
-    with pytest.raises(AnnotationError, match="is not there; annotate first"):
-        read_records(tmp_path / "none.jsonl")
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(FakeServer(reply))
+        return servers[-1].url
+
+    yield start
+    for server in servers:
+        server.close()
 
 
-# ------------------------------------------------------------------------------------------------------- filters
+def run(folder, *options, out="out"):
+    return main(["annotate", str(folder), "--out", str(folder.parent / out), *map(str, options)])
 
 
-@pytest.mark.parametrize(
-    ("text", "finished", "reason"),
-    [
-        ("A grey cat sits there.", True, None),
-        ("", True, "empty"),
-        ("A cat.", True, "empty"),
-        ("A grey cat sits", True, "cut-off"),
-        ("A grey cat sits there.", False, "cut-off"),
-        ("It is a cat and it is a cat and it is a cat.", True, "looping"),
-        ('He says "it is a cat."', True, None),
-    ],
-)
-def test_each_filter_on_one_case(text, finished, reason):
-    result = filter_records([record(text, finished=finished)])
-    assert result.counts == {"kept": int(reason is None)} | {r: int(r == reason) for r in module.FILTERS}
+def test_the_command_asks_a_server_and_writes_three_files(folder, serve, capsys):
+    url = serve(lambda request: (200, chat()))
+    assert run(folder, "--endpoint", url, "--mllm", "m", "--kinds", "conversation", "class_name") == 0
+    printed = capsys.readouterr().out
+    assert "4 images, 8 new records" in printed and "'kept': 8" in printed
+    entries, _ = from_llava(folder.parent / "out.llava.json")
+    assert len(entries) == 8 and check_llava(entries, os.listdir(folder)) == []
+    assert json.loads((folder.parent / "out.rejected.json").read_text()) == {}
 
 
-@given(st.lists(st.tuples(st.text(max_size=60), st.booleans()), max_size=20))
-def test_filters_lose_and_double_nothing(cases):
-    records = [record(text, finished=finished, id=str(i)) for i, (text, finished) in enumerate(cases)]
-    result = filter_records(records)
-    everything = result.kept + [r for dropped in result.dropped.values() for r in dropped]
-    assert sorted(r.id for r in everything) == sorted(r.id for r in records)
-    assert not any(is_empty(r) or is_cut_off(r) or is_looping(r) for r in result.kept)
+def test_the_command_exports_for_llavas_first_stage(folder, serve):
+    url = serve(lambda request: (200, chat("Q: What?\nA: A dog.")))
+    assert run(folder, "--endpoint", url, "--mllm", "m", "--plain") == 0
+    entries, _ = from_llava(folder.parent / "out.llava.json")
+    assert len(entries) == 4 and all(len(entry["conversations"]) == 2 for entry in entries)
 
 
-def test_off_image_needs_somebody_who_compares(source):
-    with pytest.raises(ValueError, match="needs clip= and source="):
-        filter_records([record()], min_similarity=0.2)
+def test_the_command_says_when_filters_took_more_than_half(folder, serve, capsys):
+    url = serve(lambda request: (200, chat("A dog that", "length")))
+    assert run(folder, "--endpoint", url, "--mllm", "m") == 3
+    assert "12 of 12 texts were dropped, most as 'cut-off'" in capsys.readouterr().out
+    assert (
+        from_llava(folder.parent / "out.llava.json") == ([], 0) and len(read_records(folder.parent / "out.jsonl")) == 12
+    )
 
 
-def test_off_image_drops_what_is_under_the_threshold(source):
-    import torch
-
-    class Compare:
-        def features(self, images):
-            return torch.ones(len(images), 1)
-
-        def text_features(self, texts):
-            return torch.tensor([[0.9 if "cat" in text else 0.1] for text in texts])
-
-    records = [record(id="00"), record("A red car stands there.", id="01")]
-    result = filter_records(records, source, Compare(), 0.5)
-    assert [r.id for r in result.kept] == ["00"] and result.counts["off-image"] == 1
-
-
-# ------------------------------------------------------------------------------------------------- LLaVA's format
+def test_the_command_lists_what_was_refused(folder, serve, capsys):
+    refuses, agrees = serve(lambda request: (400, error("too\x1b[31m thin"))), serve(lambda request: (200, chat()))
+    one = ["--mllm", "m", "--kinds", "class_name", "--endpoint"]
+    assert run(folder, *one, refuses) == 1
+    printed = capsys.readouterr().out
+    assert "no text for 0.png: 400: too [31m thin" in printed and "\x1b" not in printed
+    assert (
+        "images that lack a text: 4" in printed
+        and str(folder.resolve()) not in (folder.parent / "out.rejected.json").read_text()
+    )
+    assert run(folder, *one, agrees) == 1
+    assert run(folder, *one, agrees, "--retry-rejected") == 0
 
 
-def test_a_conversation_becomes_turns():
-    text = "Question: What is it?\nAnswer: A cat.\nQuestion: What colour?\nAnswer: Grey."
-    (entry,) = to_llava([record(text, kind="conversation")])
-    assert [t["from"] for t in entry["conversations"]] == ["human", "gpt", "human", "gpt"]
-    assert [t["value"] for t in entry["conversations"]] == ["<image>\nWhat is it?", "A cat.", "What colour?", "Grey."]
-    assert entry["id"] == "1-conversation" and entry["image"] == "1.png"
+@pytest.mark.parametrize(("options", "message"), [
+    (["--endpoint", "http://localhost:1/v1"], "--endpoint needs --mllm"),
+    (["--endpoint", "http://localhost:1/v1", "--mllm", " "], "--endpoint needs --mllm"),
+    (["--endpoint", "", "--mllm", "m"], "begins with http"),
+    (["--endpoint", "localhost", "--mllm", "m"], "begins with http"),
+    (["--min-similarity", "nan"], "between -1 and 1"), (["--min-similarity", "2"], "between -1 and 1"),
+    (["--batch-size", "0"], "must be at least 1"), (["--max-new-tokens", "0"], "must be at least 1"),
+    (["--kinds", "poem"], "no prompt for poem"), (["--mllm", "nowhere/at-all"], "nowhere/at-all"),
+    (["--min-similarity", ".2", "--clip", "nowhere:none"], "nowhere"), (["--prompts", "nowhere"], "it holds none"),
+    (["--endpoint", "http://localhost:1", "--mllm", "m", "--max-side", "3"], "max_side at least 64"),
+    (["--endpoint", "http://localhost:1", "--mllm", "m", "--timeout", "nan"], "timeout above 0"),
+])  # fmt: skip
+def test_the_command_says_what_is_wrong_in_one_sentence(folder, capsys, options, message):
+    assert run(folder, *options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line and not (folder.parent / "out.llava.json").exists()
 
 
-def test_a_text_answers_its_prompt():
-    (entry,) = to_llava([record("It is a cat.", kind="detailed_description")])
-    question = "<image>\n" + load_prompts()["detailed_description"]
-    assert entry["conversations"] == [{"from": "human", "value": question}, {"from": "gpt", "value": "It is a cat."}]
+def test_the_command_refuses_places_that_cannot_be_written(folder, serve, capsys):
+    one = ["--mllm", "m", "--kinds", "class_name", "--endpoint", serve(lambda request: (200, chat()))]
+    os.mkfifo(folder.parent / "fifo.jsonl")
+    (folder.parent / "taken.llava.json").mkdir()
+    (folder.parent / "listed.rejected.json").mkdir()
+    for out in ("fifo", "taken", "listed"):
+        assert run(folder, *one, out=out) == 2
+        assert "is not a regular file; choose another name" in capsys.readouterr().err
+    for out in ("x" * 300, "pictures/0.png/a", "pictures/"):
+        assert main(["annotate", str(folder), *one, "--out", f"{folder.parent}/{out}"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "cannot be written" in line or "must end in a name" in line
+    assert main(["annotate", str(folder / "nowhere")]) == 2
 
 
-@given(st.text(max_size=200), st.sampled_from(KINDS))
-def test_whatever_a_model_says_the_export_keeps_llavas_rules(text, kind):
-    entries = to_llava([record(text, kind=kind), record(text + "<image>", kind=kind, id="2")])
-    assert check_llava(entries, ["1.png"]) == []
+def test_a_full_disk_after_the_last_answer_is_said_rightly(folder, serve, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mllmfl_lite.stages.annotate_command.write_json", refuse)
+    assert run(folder, "--endpoint", serve(lambda request: (200, chat())), "--mllm", "m") == 2
+    assert "No space left on device); all 12 records are in" in capsys.readouterr().err
 
 
-def test_export_and_import_agree(source, tmp_path):
-    entries = to_llava(annotate(source, Parrot(), tmp_path / "a.jsonl").records)
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    assert from_llava(tmp_path / "a.json") == entries
-    assert check_llava(entries, [source.file(i) for i in source.ids]) == []
+def test_ctrl_c_ends_the_command_at_once(folder, serve, capsys):
+    def reply(request):
+        if request["messages"][0]["content"][1]["text"] == load_prompts()["class_name"]:
+            return 200, chat()
+        os.kill(os.getpid(), signal.SIGINT)
+        return "hang", b""
+
+    start, url = time.monotonic(), serve(reply)
+    assert (
+        run(folder, "--endpoint", url, "--mllm", "m", "--kinds", "conversation", "class_name", "--batch-size", "1")
+        == 130
+    )
+    assert time.monotonic() - start < 10 and "the same command resumes" in capsys.readouterr().err
+    assert len(read_records(folder.parent / "out.jsonl")) == 4
 
 
-def turns(*pairs):
-    return [{"from": who, "value": value} for who, value in pairs]
+def test_every_picture_ends_as_a_record_or_in_the_list(folder, serve):
+    """A server that does all of it: limits, faults, refusals, thoughts; the command is given until it says done."""
+    for i in range(40):
+        Image.new("RGB", (40 + i, 40), "teal").save(folder / f"more {i}.png")
+    rng, count = random.Random(0), []
+    once = [
+        (429, error("slow"), {"Retry-After": "0.01"}),
+        (200, chat()),
+        (200, chat("<think>hm</think>A dog.")),
+        ("close", ""),
+    ]
+    often = [(400, error("bad picture")), (200, chat(None)), (200, error("bad picture")), (500, error("policy"))]
+
+    def reply(request):
+        count.append(1)
+        return rng.choice(once * 3 + often) if len(count) % 50 else (401, error("no"))
+
+    url = serve(reply)
+    options = ["--endpoint", url, "--mllm", "m", "--kinds", "class_name", "--batch-size", "4"]
+    codes = [run(folder, *options)]
+    while codes[-1] == 2:
+        codes.append(run(folder, *options))
+    rejected = json.loads((folder.parent / "out.rejected.json").read_text())
+    written = {r.id for r in read_records(folder.parent / "out.jsonl")}
+    assert codes[-1] == 0 and len(codes) < 10 and not written & set(rejected)
+    assert written | set(rejected) == set(os.listdir(folder))
 
 
-GOOD = {"id": "a", "image": "a.png", "conversations": turns(("human", "<image>\nWhat?"), ("gpt", "A cat."))}
+def test_the_bundled_model_names_classes_that_can_be_exported(path):
+    data = load_images("cifar10_mini", "test").subset(np.arange(0, 2000, 400))
+    backend = TransformersBackend(load_mllm(device="cpu", batch_size=4))
+    summary = annotate(data, backend, path, ["class_name"])
+    assert filter_records(summary.records).counts["kept"] == 5
 
 
-@pytest.mark.parametrize(
-    ("entries", "problem"),
-    [
-        ([GOOD, GOOD], "the id stands twice"),
-        ([GOOD | {"image": "b.png"}], "image 'b.png' does not exist"),
-        ([GOOD | {"conversations": turns(("human", "What?"), ("gpt", "A cat."))}], "<image> must stand once"),
-        ([GOOD | {"conversations": turns(("human", "<image> <image>"), ("gpt", "A cat."))}], "<image> must stand once"),
-        ([GOOD | {"conversations": turns(("human", "Hm"), ("gpt", "<image>"))}], "in the first human turn"),
-        ([GOOD | {"conversations": turns(("gpt", "<image>"), ("human", "A cat."))}], "turns must alternate"),
-        ([GOOD | {"conversations": turns(("human", "<image>"))}], "turns must alternate"),
-        ([GOOD | {"conversations": []}], "has no list of conversations"),
-        ([GOOD | {"conversations": [{"from": "human"}]}], "has no list of conversations"),
-        (["rubbish"], "has no list of conversations"),
-    ],
-)
-def test_each_broken_rule_is_named(entries, problem):
-    (found,) = check_llava(entries, ["a.png"])
-    assert problem in found
+def test_a_picture_that_a_model_cannot_take_is_rejected_alone(images, path):
+    class Choosy(TransformersBackend):
+        def answer(self, images, prompts):
+            if any(np.asarray(image).mean() < 70 for image in images):
+                raise RuntimeError("size mismatch\nat layer 3")
+            return [Answer("Light.") for _ in images]
 
+    class Teacher:
+        identity, batch_size = "choosy", 4
 
-def test_import_refuses_what_is_no_llava_file(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([GOOD | {"extra": 1}]))
-    assert from_llava(path) == [GOOD]
-    for content, message in [
-        ("{", "cannot be read as JSON"),
-        ('{"a": 1}', "one JSON list"),
-        (json.dumps([GOOD] * 2), "twice"),
-    ]:
-        path.write_text(content)
-        with pytest.raises(AnnotationError, match=message):
-            from_llava(path)
-
-
-def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    assert module.main([str(tmp_path / "nowhere")]) == 1
-    assert "is not a folder; give the folder that holds the pictures" in capsys.readouterr().err
-
-
-def test_bigger_sets_keep_the_batches(tmp_path):
-    """A batch that is partly done is asked again whole, so that its padding, and so its text, is the same."""
-    source = array_source(make_images(10))
-    whole = annotate(source, Parrot(), tmp_path / "a.jsonl", kinds=KINDS[:1]).records
-    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text("".join(lines[:3] + lines[4:]))
-    assert told(annotate(source, Parrot(), tmp_path / "a.jsonl", kinds=KINDS[:1]).records) == told(whole)
+    some = images.subset(np.arange(12))
+    summary = annotate(some, Choosy(Teacher()), path, KINDS[:1])
+    assert [r.id for r in summary.records] == [some.ids[i] for i in range(12) if some.images[i].mean() >= 70]
+    assert set(summary.rejected.values()) == {"the model cannot take it: size mismatch at layer 3"}
 
 
 def test_the_readmes_command_killed_and_run_again(tmp_path):
-    """As a reader would: the command of the README on a folder of pictures, killed, and given again."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (command,) = re.findall(r"^\.venv/bin/python (-m mllmfl_lite\.annotate my_pictures .*?) +#", readme, re.M)
+    """As a reader would: the command on a folder of pictures, killed, and given again."""
     data = load_images("cifar10_mini", "test").subset(np.arange(0, 2000, 100))
     (tmp_path / "my_pictures").mkdir()
     for i, image in enumerate(data.images):
         Image.fromarray(image).save(tmp_path / "my_pictures" / f"{i:02d}.png")
     (tmp_path / "my_pictures" / "broken.jpg").write_bytes(b"no picture")
-    run = [sys.executable, *command.split(), "--batch-size", "4"]
-    alone = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }  # beside other tests, threads only get in the way
+    run = [
+        sys.executable,
+        "-m",
+        "mllmfl_lite",
+        "annotate",
+        "my_pictures",
+        "--out",
+        "my_annotations",
+        "--batch-size",
+        "4",
+    ]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # beside other tests, threads get in the way
     first = subprocess.Popen(run, cwd=tmp_path, env=alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = tmp_path / "my_annotations.jsonl"
     deadline = time.monotonic() + 120
@@ -367,13 +454,13 @@ def test_the_readmes_command_killed_and_run_again(tmp_path):
         time.sleep(0.01)
     first.kill()
     first.wait()
-    there = len(read_records(records))
+    done = len(read_records(records))
     second = subprocess.run(run, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True)
-    assert 0 < there < 60 and f"{60 - there} new records" in second.stdout
-    assert "broken.jpg is no whole picture" in second.stdout
-    printed = Path(re.search(r"^LLaVA's format: (.*)$", second.stdout, re.M)[1])
-    entries = from_llava(printed)
+    assert 0 < done < 60 and f"{60 - done} new records" in second.stdout
+    assert "no text for broken.jpg: broken.jpg cannot be read as an image" in second.stdout
+    printed = tmp_path / re.search(r"^LLaVA's format: (.*)$", second.stdout, re.M)[1]
+    entries, _ = from_llava(printed)
     assert check_llava(entries, [p.name for p in (tmp_path / "my_pictures").iterdir()]) == [] and len(entries) > 50
     backend = TransformersBackend(load_mllm(device="cpu", batch_size=4))
-    whole = annotate(folder_source(tmp_path / "my_pictures"), backend, tmp_path / "whole.jsonl").records
+    whole = annotate(folder_images(tmp_path / "my_pictures"), backend, tmp_path / "whole.jsonl").records
     assert {r.key: r.text for r in whole} == {r.key: r.text for r in read_records(records)}

@@ -1,1 +1,1 @@
-"""."""
+"""The paper's stages on the server: annotate, pretrain, align."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -22,32 +23,20 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 @settings_class
 class AlignSettings:
-    """Numbers of an alignment. Defaults were chosen on held-out images (`scripts/choose_alignment.py`).
+    """Numbers of an alignment. Defaults were chosen on held-out images."""
 
-    Attributes:
-        per_class: images a class in the server set.
-        beta: weight of the KL term; 0: cross-entropy alone.
-        temperature: T; it softens both distributions, and T^2 scales the term (Hinton et al., 2015).
-        epochs: passes over the set.
-        batch_size: images a step.
-        lr: SGD's peak step size, lowered along half a cosine.
-        momentum: SGD's.
-        part: train ``"all"`` weights, or the ``"head"`` alone.
-        teacher: ``"mllm"``: likelihood of each class name as the MLLM's answer; ``"clip"``: zero-shot; ``"imagenet"``:
-            a classifier that never saw CIFAR; ``"labels"``: a control, the pool's own labels.
-        when: ``"end"``, after the last round, or ``"each round"``, before the mean goes on.
-    """
-
-    per_class: Count = 100
-    beta: Annotated[float, Field(ge=0)] = 4.0
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    epochs: Count = 20
-    batch_size: Count = 32
-    lr: Annotated[float, Field(gt=0)] = 0.02
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    part: Literal["all", "head"] = "all"
+    per_class: Count = 100  #: images a class in the server set
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 4.0  #: weight of the KL term; 0: cross-entropy alone
+    temperature: Annotated[float, Field(ge=0.01, le=1000)] = 2.0  #: T, softens both distributions of the KL term
+    epochs: Count = 20  #: passes over the set
+    batch_size: Count = 32  #: images a step
+    lr: Annotated[float, Field(gt=0, le=100)] = 0.02  #: SGD's peak step size, lowered along half a cosine
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  #: SGD's
+    part: Literal["all", "head"] = "all"  #: which weights are trained
+    #: mllm: likelihood of each class name as the MLLM's answer; clip: zero-shot; imagenet: a classifier that never saw
+    #: CIFAR; labels: a control, the pool's own labels
     teacher: Literal["mllm", "clip", "imagenet", "labels"] = "mllm"
-    when: Literal["end", "each round"] = "end"
+    when: Literal["end", "each round"] = "end"  #: after the last round, or in each one before the mean goes on
 
 
 def alignment_loss(
@@ -55,14 +44,8 @@ def alignment_loss(
 ) -> Tensor:
     """``CE(y, p) + beta * T^2 * KL(q_T || p_T)``, mean over the batch.
 
-    Args:
-        logits: the model's (B, C).
-        labels: y, the teacher's first choice (B,).
-        probabilities: q, the teacher's distribution (B, C).
-        beta: weight of the second term.
-        temperature: T; ``q_T`` is q to the power 1 / T, normalised; ``p_T`` is ``softmax(logits / T)``.
-
-    Source: the paper's loss; the temperature is our addition, and 1 leaves it out.
+    y (B,) and q (B, C) are the teacher's first choice and distribution; ``q_T`` is q to the power 1 / T, normalised;
+    ``p_T`` is ``softmax(logits / T)``. Source: the paper's loss; the temperature (Hinton et al., 2015) is our addition.
     """
     loss = cross_entropy(logits, labels)
     if beta:
@@ -85,58 +68,60 @@ def align(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Aligned:
-    """Finetune a copy of the model on the server set.
-
-    Args:
-        model: the federated model; not changed.
-        server_set: the class-balanced set.
-        settings: the numbers.
-        seed: of batches and augmentation.
-        device: where to train.
+    """Finetune a copy of the model on the class-balanced set. The seed decides batches and augmentation.
 
     Raises:
-        ValueError: the set is empty, its classes are not the model's, or the loss is no longer finite.
+        ValueError: the set is empty, its classes are not the model's, or loss or weights are no longer finite.
     """
     settings = settings or AlignSettings()
     _check(model, server_set)
     model = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     batches, probabilities = open_batches(server_set.images, device), server_set.probabilities.to(device)
-    optimizer = torch.optim.SGD(
-        list((model if settings.part == "all" else model.head).parameters()), settings.lr, settings.momentum
-    )
-    generator = torch_generator(seed, "alignment")
+    weights = list((model if settings.part == "all" else model.head).parameters())
+    optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
-    history = []
+    generator, history = torch_generator(int(seed), "alignment"), []
+    advice = f"lower lr (it is {settings.lr})"
     for epoch in range(1, settings.epochs + 1):
-        loss = _epoch(model, batches, probabilities, settings, (optimizer, generator))
-        if not math.isfinite(loss) or not all_finite(model.state_dict().values()):
-            raise ValueError(f"the loss or weights of epoch {epoch} are not finite; lower lr (it is {settings.lr})")
-        history.append({"epoch": epoch, "loss": loss})
+        model.train(settings.part == "all")  # a head alone learns on the features that it will be used on
+        total = 0.0
+        for step, loss in enumerate(_steps(model, batches, probabilities, settings, (optimizer, generator)), 1):
+            total += loss
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of step {step} in epoch {epoch} is not finite; {advice}")
+        if not all_finite(model.state_dict().values()):
+            raise ValueError(f"the weights after epoch {epoch} are not finite; {advice}")
+        history.append({"epoch": epoch, "loss": total / len(batches)})
         schedule.step()
     return Aligned(model, history)
 
 
-def _check(model: CompactModel, server_set: ServerSet) -> None:
-    if not len(server_set):
-        raise ValueError("the server set has no image: the teacher recognised none of the classes in the pool")
-    if server_set.images.num_classes != model.head.out_features:
-        raise ValueError(
-            f"the server set has {server_set.images.num_classes} classes, the model's head {model.head.out_features}; "
-            "ask the teacher about the clients' class names"
-        )
-
-
-def _epoch(model: CompactModel, batches, probabilities: Tensor, settings: AlignSettings, tools: tuple) -> float:
+def _steps(
+    model: CompactModel, batches, probabilities: Tensor, settings: AlignSettings, tools: tuple
+) -> Iterator[float]:
+    """Train one epoch; yield each batch's summed loss."""
     optimizer, generator = tools
-    model.train(settings.part == "all")  # a head alone learns on the features that it will be used on
-    total = 0.0
     parts = torch.randperm(len(batches), generator=generator).to(probabilities.device).split(settings.batch_size)
     for part, x in zip(parts, batches.stream(parts, generator), strict=True):
-        loss = alignment_loss(
-            model(x), batches.labels[part], probabilities[part], settings.beta, settings.temperature
-        )  # fmt: skip
+        try:
+            logits = model(x)
+        except ValueError as error:  # of BatchNorm
+            raise ValueError(f"a batch of {len(part)} images is too small ({error}); change batch_size") from error
+        loss = alignment_loss(logits, batches.labels[part], probabilities[part], settings.beta, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.item() * len(part)
-    return total / len(batches)
+        yield loss.item() * len(part)
+
+
+def _check(model: CompactModel, server_set: ServerSet) -> None:
+    images, classes = server_set.images, model.head.out_features
+    if not len(images):
+        raise ValueError("the server set has no image: the teacher recognised none of the classes in the pool")
+    if images.num_classes != classes:
+        found = f"the server set has {images.num_classes} classes, the model's head {classes}"
+        raise ValueError(f"{found}; draw the set for the clients' class names")
+    images.require_same_classes(model)
+    if server_set.probabilities.shape != (len(images), classes):
+        shape = tuple(server_set.probabilities.shape)
+        raise ValueError(f"probabilities must be (images, classes) = ({len(images)}, {classes}); they are {shape}")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import filelock
+from PIL import Image
 
 from mllmfl_lite.data.images import ImageFiles, ImageSet
-from mllmfl_lite.repro import progress_bar, write_json
+from mllmfl_lite.repro import progress_bar
 from mllmfl_lite.stages.backends import Answer, Backend, Question
 from mllmfl_lite.stages.records import Journal, Record, read_records
+from mllmfl_lite.stages.rejected import Rejected
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
 
 SAVE_REJECTED = 10.0  # seconds between two writes of the list of rejected images
+PACE = 20  # answers after which a run says how long it takes
+LETTERS = 4  # a token, roughly
+LIMITS = {"server": 5, "request": 20, "tokens": 20}  # refusals of the same kind in a row that end a run
 
 
 @dataclass
@@ -25,7 +33,7 @@ class Summary:
     Attributes:
         records: every record of the file, in the order of images and kinds.
         written: how many of them this run added.
-        rejected: for each image that has no record, why.
+        rejected: for each image that lacks a text, why.
         seconds: how long this run took.
     """
 
@@ -42,12 +50,12 @@ def annotate(
     kinds: Sequence[str] = KINDS,
     prompts: dict[str, str] | None = None,
     tell: Callable[[str], object] = lambda _: None,
+    retry_rejected: bool = False,
 ) -> Summary:
     """Ask `backend` about every image, in every kind, and write the answers to a JSON-lines file as they come.
 
     A run that was stopped resumes: what is in the file is not asked again. What concerns one image (it cannot be
-    opened, the server refuses it, its answer is empty) goes into ``....rejected.json`` beside the file, and is asked
-    again the next time.
+    opened, the server refuses it, its answer is empty) goes into ``....rejected.json`` beside the file, see `Rejected`.
 
     Args:
         pool: the images.
@@ -56,88 +64,137 @@ def annotate(
         kinds: which prompts to ask.
         prompts: the text of each kind; the bundled ones by default.
         tell: called with sentences about the run.
+        retry_rejected: ask again what was rejected.
 
     Raises:
-        ValueError: no such prompt; the file belongs to another run, is in use or cannot be written; or nothing more can
-            be asked: the sentence says how far the run got.
+        ValueError: no such prompt; a file belongs to another run, is damaged, in use or cannot be written; or nothing
+            more can be asked: the sentence says how far the run got.
     """
-    path, prompts, started = Path(path), prompts or load_prompts(), time.monotonic()
-    if unknown := [kind for kind in kinds if kind not in prompts]:
-        raise ValueError(f"no prompt for {', '.join(unknown)}; there are {', '.join(prompts)}")
-    kinds = list(dict.fromkeys(kinds))
+    path, started, asked = Path(path), time.monotonic(), choose_prompts(kinds, prompts or load_prompts())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a regular file; choose another name")
-        with filelock.FileLock(f"{path}.lock", timeout=0), Journal(path, backend.model, prompts) as journal:
-            run = _Run(pool, backend, journal, {kind: prompts[kind] for kind in kinds}, tell)
+        with filelock.FileLock(f"{path}.lock", timeout=0), Journal(path, backend.model, asked) as journal:
+            rejected = Rejected(path.with_suffix(".rejected.json"), backend, retry_rejected)
+            run = _Run(pool, journal, rejected, asked, tell)
             run.go()
     except filelock.Timeout:
         raise ValueError(f"{path} is being written by another run; wait for it, or choose another file") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose a place that can be") from error
-    order = {key: i for i, key in enumerate((i, kind) for i in pool.ids for kind in kinds)}
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose a place that can be") from error
+    order = {key: i for i, key in enumerate((i, kind) for i in pool.ids for kind in asked)}
     records = sorted((r for r in read_records(path) if r.key in order), key=lambda record: order[record.key])
-    return Summary(records, run.written, run.rejected, time.monotonic() - started)
+    return Summary(records, run.written, rejected.reasons(pool.ids, asked), time.monotonic() - started)
+
+
+def choose_prompts(kinds: Sequence[str], prompts: dict[str, str]) -> dict[str, str]:
+    """The prompts of these kinds; `ValueError` if one lacks."""
+    if unknown := [kind for kind in kinds if kind not in prompts]:
+        raise ValueError(f"no prompt for {', '.join(unknown)}; there are {', '.join(prompts)}")
+    return {kind: prompts[kind] for kind in kinds}
 
 
 class _Run:
-    def __init__(self, pool: ImageSet, backend: Backend, journal: Journal, prompts: dict[str, str], tell: Callable):
-        self.pool, self.backend, self.journal, self.prompts, self.tell = pool, backend, journal, prompts, tell
-        self.place = {name: i for i, name in enumerate(pool.ids)}
-        self.ending = "" if isinstance(pool.images, ImageFiles) else ".png"
-        self.total = sum((i, kind) not in journal.done for kind in prompts for i in self.place)
-        self.written, self.rejected, self.saved = 0, {}, time.monotonic()
+    def __init__(self, pool: ImageSet, journal: Journal, rejected: Rejected, prompts: dict[str, str], tell: Callable):
+        self.pool, self.journal, self.rejected, self.prompts, self.tell = pool, journal, rejected, prompts, tell
+        self.backend, self.place = rejected.backend, {name: i for i, name in enumerate(pool.ids)}
+        questions = (Question(name, kind, prompts[kind]) for kind in prompts for name in self.place)
+        found = {q: rejected.find(q) for q in questions if (q.id, q.kind) not in journal.done}
+        self.wanted = {q: bool(entry) for q, entry in found.items() if not entry or entry.last}  # True: asked last
+        self.skipped = len(found) - len(self.wanted)
+        self.started, self.written, self.characters = time.monotonic(), 0, 0
+        self.faults: set[str] = set()
+        self.streak: list[Question] = []  # those that fail now, all in the same way
+        self.way = self.reason = self.stopped = ""
 
     def go(self) -> None:
-        list_path = self.journal.path.with_suffix(".rejected.json")
-        started = time.monotonic()
+        """Ask what is wanted; whatever ends the run, say how far it got."""
+        if self.skipped:
+            self.tell(f"{self.skipped:,} questions were rejected before and are not asked again")
+        if more := sum(map(self.rejected.had_too_few_tokens, self.wanted)):
+            self.tell(f"{more:,} questions for which the tokens were too few are asked again, now with more")
         try:
-            with progress_bar(self.total, "records", "annotating") as bar:
-                for question, answer in self.backend.answers(self._batches(), self._open):
-                    self._keep(question, answer)
+            self._ask()
+            self.rejected.save()
+        except BaseException as error:
+            if self.way == "server":
+                self.rejected.ask_last(self.streak)
+            with contextlib.suppress(OSError):
+                self.rejected.save()
+            if not isinstance(error, (ValueError, OSError)):
+                raise
+            done = f"{self.written:,} of {len(self.wanted):,} texts were written in this run"
+            raise ValueError(
+                f"{error}. {done}, {len(self.journal.done):,} are kept; the same command resumes"
+            ) from error
+
+    def _ask(self) -> None:
+        saved, answers = time.monotonic(), self.backend.answers(self._batches(), self._open)
+        with progress_bar(len(self.wanted), "texts", "annotating") as bar, contextlib.closing(answers):
+            for question, answer in answers:
+                if question in self.wanted and (question.id, question.kind) not in self.journal.done:
+                    (self._keep if answer.text else self._reject)(question, answer)
                     bar.update()
-                    if self.written == self.backend.batch_size and self.total > self.written:
-                        left = (time.monotonic() - started) * (self.total / self.written - 1)
-                        self.tell(f"{self.total - self.written:,} records to write, about {left / 60:.1f} minutes")
-                    if time.monotonic() - self.saved > SAVE_REJECTED:
-                        write_json(list_path, self.rejected)
-                        self.saved = time.monotonic()
-        except ValueError as error:
-            done = (
-                f"{self.written} of {self.total} records were written in this run, {len(self.rejected)} images rejected"
-            )
-            raise ValueError(f"{error}. {done}; run the same command again, and it resumes") from None
-        finally:
-            write_json(list_path, self.rejected)
+                if time.monotonic() - saved > SAVE_REJECTED:
+                    self.rejected.save()
+                    saved = time.monotonic()
+        if self.faults == {"server"} and not self.journal.done:
+            self.stopped = self.stopped or f"no request succeeded; the last failed so: {self.reason}"
+        if self.stopped:
+            raise ValueError(self.stopped)
 
     def _batches(self) -> Iterator[list[Question]]:
         """Questions of one kind each, short prompts first; batches are cut at the same places in every run."""
         ids, size = list(self.place), self.backend.batch_size
-        for kind in sorted(self.prompts, key=lambda k: len(self.prompts[k])):
-            for i in range(0, len(ids), size):
-                batch = [Question(name, kind, self.prompts[kind]) for name in ids[i : i + size]]
-                if any((q.id, q.kind) not in self.journal.done for q in batch):
-                    yield batch
+        for last in (False, True):
+            for kind in sorted(self.prompts, key=lambda k: len(self.prompts[k])):
+                for i in range(0, len(ids), size):
+                    batch = [Question(name, kind, self.prompts[kind]) for name in ids[i : i + size]]
+                    if not self.stopped and any(self.wanted.get(question) is last for question in batch):
+                        yield batch
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> Image.Image:
         return self.pool.open(self.place[name])
 
     def _keep(self, question: Question, answer: Answer) -> None:
-        if (question.id, question.kind) in self.journal.done:
-            return
-        if answer.refusal or not answer.text:
-            known = self.rejected.get(question.id)
-            reason = answer.refusal or "the model gave an empty answer"
-            self.rejected[question.id] = f"{known}; {reason}" if known and reason not in known else reason
-            return
-        model = self.backend.model
-        if answer.model and answer.model != model:
-            if not self.written:
-                self.tell(f"note: {answer.model!r} answers, though {model!r} is asked")
-            model = f"{answer.model} (asked as {model})"
+        """Write a text."""
+        model = self._answerer(answer.model)
+        image = question.id if isinstance(self.pool.images, ImageFiles) else f"{question.id}.png"
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         digest = prompt_hash(question.prompt)
-        name = f"{question.id}{self.ending}"
-        self.journal.append(Record(question.id, name, question.kind, answer.text, answer.finished, model, digest, now))
+        self.journal.append(Record(question.id, image, question.kind, answer.text, answer.finished, model, digest, now))
+        self.rejected.remove(question)
+        self.streak, self.way = [], ""
         self.written += 1
+        self.characters += len(answer.text)
+        left = len(self.wanted) / self.written - 1
+        if self.written == PACE and left > 0:
+            minutes, tokens = left * (time.monotonic() - self.started) / 60, left * self.characters / LETTERS
+            self.tell(f"{PACE} texts written; about {minutes:,.1f} minutes and {tokens:,.0f} tokens to go")
+
+    def _reject(self, question: Question, answer: Answer) -> None:
+        """Enter it in the list; end the run if too many in a row fail in the same way."""
+        reason = answer.refusal
+        if isinstance(self.pool.images, ImageFiles):  # no absolute paths
+            for folder in (os.path.abspath(self.pool.images.root), os.path.realpath(self.pool.images.root)):
+                reason = reason.replace(os.path.join(folder, ""), "")
+        self.rejected.add(question, replace(answer, refusal=reason))
+        self.reason = reason
+        self.faults.add(answer.fault)
+        if answer.fault not in LIMITS or self.wanted[question]:
+            return
+        way = answer.fault if answer.fault == "server" else re.sub(r"\S*\d\S*", "", reason)
+        self.streak, self.way = [*(self.streak if way == self.way else []), question], way
+        if len(self.streak) >= LIMITS[answer.fault]:
+            self.stopped = f"{len(self.streak)} requests in a row failed in the same way, the last so: {reason}"
+        if self.stopped:
+            self.rejected.ask_last(self.streak)
+
+    def _answerer(self, says: str) -> str:
+        """The model's name for a record; another one than in the file ends the run."""
+        asked, known = self.backend.model, self.journal.models
+        name = asked if says in ("", asked) else f"{says} (asked as {asked})"
+        if known and name not in known and not self.written:
+            raise ValueError(f"{self.journal.path} holds texts of {known[0]!r}, now {name!r} answers; use another file")
+        if name != asked and not self.written:
+            self.tell(f"note: {says!r} answers, though {asked!r} is asked")
+        return name

@@ -1,14 +1,16 @@
-"""``mllmfl annotate``: annotate a folder of images and say where the JSON is."""
+"""``mllmfl annotate``: annotate a folder of images, filter the texts, write them in LLaVA's format."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from mllmfl_lite.data.folders import folder_images
+from mllmfl_lite.data.pictures import printable
 from mllmfl_lite.repro import write_json
-from mllmfl_lite.stages.annotate import annotate
-from mllmfl_lite.stages.backends import TransformersBackend
+from mllmfl_lite.stages.annotate import Summary, annotate, choose_prompts
+from mllmfl_lite.stages.backends import Backend, TransformersBackend
 from mllmfl_lite.stages.endpoint import EndpointBackend
 from mllmfl_lite.stages.filters import filter_records
 from mllmfl_lite.stages.llava_format import to_llava
@@ -17,23 +19,32 @@ from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS, PROMPTS, load_prompts
 
 HALF_LOST = 3  # exit status if filters took more than half of the texts
+SHOWN = 10  # rejected images that are printed
 
 
-def add_command(subparsers) -> None:
+def add_command(subparsers: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = subparsers.add_parser("annotate", help="have an MLLM describe a folder of images")
+    parser = subparsers.add_parser(
+        "annotate",
+        help="have an MLLM describe a folder of images",
+        description="Have an MLLM describe a folder of images. The same command resumes. Exit status: 0 done, "
+        f"1 no text, 2 it cannot go on, {HALF_LOST} filters took more than half of the texts.",
+    )
     add = parser.add_argument
     add("folder", help="images, in folders inside it as well; hidden files are skipped")
     add("--out", default="annotations", help="where to write, without an ending (default: annotations)")
     add("--mllm", help="model folder or hub name (default: the bundled stand-in); with --endpoint the server's name")
     add("--endpoint", help="ask this OpenAI-compatible server, e.g. http://localhost:8000/v1")
-    add("--kinds", nargs="+", default=list(KINDS), help=f"default: {' '.join(KINDS)}")
+    add("--kinds", nargs="+", help=f"which prompts (default: {' '.join(KINDS)}; with --plain {KINDS[1]})")
     add("--prompts", default=str(PROMPTS), help="folder with a text file for each kind")
+    add("--plain", action="store_true", help="export one answer an image, for LLaVA's first stage (plain)")
+    add("--retry-rejected", action="store_true", help="ask again about what OUT.rejected.json lists")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="float32, bfloat16, float16 (default: as saved)")
-    add("--batch-size", type=int, default=32, help="questions, or requests, at a time")
-    add("--max-new-tokens", type=int, default=128, help="where an answer is cut off")
-    add("--max-side", type=int, default=1024, help="pixels; larger images are made smaller before they are sent")
+    add("--batch-size", type=int, default=32, help="questions, or requests, at a time (default: 32)")
+    add("--max-new-tokens", type=int, default=128, help="where an answer is cut off (default: 128)")
+    add("--max-side", type=int, default=1024, help="pixels; larger images are sent smaller (default: 1024)")
+    add("--timeout", type=float, default=120, help="seconds to wait for one answer of a server (default: 120)")
     add("--min-similarity", type=float, help="drop texts whose CLIP cosine with their image is smaller")
     add("--clip", default="tiny_clip", help="CLIP that judges: folder or name:weights (default: the bundled stand-in)")
     parser.set_defaults(function=run)
@@ -41,22 +52,22 @@ def add_command(subparsers) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Annotate, filter, export; return the exit status."""
-    if chosen.endpoint and not chosen.mllm:
-        raise ValueError("--endpoint needs --mllm, the name by which the server knows its model")
-    if chosen.batch_size < 1 or chosen.max_new_tokens < 1:
-        raise ValueError("--batch-size and --max-new-tokens must be at least 1")
+    _check(chosen)
     pool, prompts = folder_images(chosen.folder), load_prompts(chosen.prompts)
-    if chosen.min_similarity is not None and not -1 <= chosen.min_similarity <= 1:
-        raise ValueError(f"--min-similarity is a cosine, between -1 and 1; got {chosen.min_similarity}")
+    kinds = choose_prompts(chosen.kinds or ([KINDS[1]] if chosen.plain else KINDS), prompts)
     clip = load_clip(chosen.clip, device=chosen.device) if chosen.min_similarity is not None else None
-    summary = annotate(pool, _backend(chosen), f"{chosen.out}.jsonl", chosen.kinds, prompts, tell=print)
+    summary = annotate(pool, _backend(chosen), f"{chosen.out}.jsonl", [*kinds], prompts, print, chosen.retry_rejected)
+    print(f"{len(pool)} images, {summary.written} new records in {summary.seconds:.0f} s")
+    _tell_rejected(summary, chosen.out)
     result = filter_records(summary.records, pool, clip, chosen.min_similarity)
-    write_json(Path(f"{chosen.out}.llava.json"), to_llava(result.kept, prompts))
-    print(f"{len(pool)} images, {summary.written} new records in {summary.seconds:.0f} s; {result.counts}")
-    for name, reason in list(summary.rejected.items())[:10]:
-        print(f"no text for {name!r}: {reason}")
-    if summary.rejected:
-        print(f"images without a text: {len(summary.rejected)}, listed in {chosen.out}.rejected.json")
+    print(f"filters: {result.counts}")
+    try:
+        write_json(Path(f"{chosen.out}.llava.json"), to_llava(result.kept, prompts, chosen.plain))
+    except OSError as error:
+        raise ValueError(
+            f"{chosen.out}.llava.json cannot be written ({error.strerror or error}); all {len(summary.records)} "
+            f"records are in {chosen.out}.jsonl: make room and run the same command again"
+        ) from error
     print(f"records: {chosen.out}.jsonl\nLLaVA's format: {chosen.out}.llava.json")
     if warning := result.warning():
         print(f"warning: {warning}")
@@ -64,12 +75,33 @@ def run(chosen: argparse.Namespace) -> int:
     return 0 if summary.records else 1
 
 
-def _backend(chosen: argparse.Namespace):
-    if chosen.endpoint:
-        return EndpointBackend(
-            chosen.endpoint, chosen.mllm, chosen.max_new_tokens, chosen.batch_size, max_side=chosen.max_side
-        )
+def _check(chosen: argparse.Namespace) -> None:
+    """Raise `ValueError` for what can be known before a model is loaded or a server is asked."""
+    if chosen.endpoint is not None and not (chosen.mllm or "").strip():
+        raise ValueError("--endpoint needs --mllm, the name by which the server knows its model")
+    if chosen.batch_size < 1 or chosen.max_new_tokens < 1:
+        raise ValueError("--batch-size and --max-new-tokens must be at least 1")
+    if chosen.min_similarity is not None and not -1 <= chosen.min_similarity <= 1:
+        raise ValueError(f"--min-similarity is a cosine, between -1 and 1; got {chosen.min_similarity}")
+    if not Path(chosen.out).name or chosen.out.endswith("/"):
+        raise ValueError(f"--out must end in a name, such as my_folder/annotations; got {chosen.out!r}")
+    exported = f"{chosen.out}.llava.json"
+    if os.path.exists(exported) and not os.path.isfile(exported):
+        raise ValueError(f"{exported} is not a regular file; choose another name")
+
+
+def _backend(chosen: argparse.Namespace) -> Backend:
+    if chosen.endpoint is not None:
+        limits = {"timeout": chosen.timeout, "max_side": chosen.max_side}
+        return EndpointBackend(chosen.endpoint, chosen.mllm, chosen.max_new_tokens, chosen.batch_size, **limits)
     if not chosen.mllm:
         print("note: tiny-llava is a stand-in that saw 32 x 32 pixels of CIFAR's classes; --mllm names a real model")
     teacher = load_mllm(chosen.mllm or "tiny_llava", chosen.device, chosen.dtype, chosen.batch_size)
     return TransformersBackend(teacher, chosen.max_new_tokens)
+
+
+def _tell_rejected(summary: Summary, out: str) -> None:
+    for name, reason in list(summary.rejected.items())[:SHOWN]:
+        print(f"no text for {printable(name)}: {reason}")
+    if summary.rejected:
+        print(f"images that lack a text: {len(summary.rejected)}, see {out}.rejected.json; --retry-rejected asks again")

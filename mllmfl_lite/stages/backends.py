@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
 
+from mllmfl_lite.stages.cleaning import clean, one_line, without_thinking
 from mllmfl_lite.teachers.llava import MllmTeacher
-
-_THINKING = re.compile(
-    r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)", re.S
-)
 
 
 class Question(NamedTuple):
@@ -30,19 +26,22 @@ class Answer:
     """What came back for one question.
 
     Attributes:
-        text: the answer.
+        text: the answer; empty if there is none.
         finished: False if it was cut off by the token limit or a content filter.
         model: who answered, if the server says so.
-        refusal: why there is no text, in the server's own words; empty if there is one.
+        refusal: why there is no text.
+        fault: whose the refusal is: ``"server"``, ``"request"``, ``"tokens"``, or ``""`` for the image file's.
     """
 
     text: str = ""
     finished: bool = True
     model: str = ""
     refusal: str = ""
+    fault: str = ""
 
 
 Open = Callable[[str], Image.Image]
+Answers = Generator[tuple[Question, Answer], None, None]
 
 
 class Backend(Protocol):
@@ -51,12 +50,14 @@ class Backend(Protocol):
     Attributes:
         model: the name that goes into each record.
         batch_size: questions that are asked together.
+        max_new_tokens: where an answer is cut off.
     """
 
     model: str
     batch_size: int
+    max_new_tokens: int
 
-    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Iterator[tuple[Question, Answer]]:
+    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
         """Each question with its answer, as they come. An image that cannot be opened is a refusal.
 
         Raises:
@@ -77,8 +78,8 @@ class TransformersBackend:
         self.teacher, self.max_new_tokens = teacher, max_new_tokens
         self.model, self.batch_size = teacher.identity, teacher.batch_size
 
-    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Iterator[tuple[Question, Answer]]:
-        """One batch after the other."""
+    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
+        """One batch after the other. An image that the model cannot take is refused; the others are asked alone."""
         for batch in batches:
             images, asked = [], []
             for question in batch:
@@ -87,8 +88,17 @@ class TransformersBackend:
                     asked.append(question)
                 except ValueError as error:
                     yield question, Answer(refusal=str(error))
-            if asked:
-                yield from zip(asked, self.answer(images, [q.prompt for q in asked]), strict=True)
+            yield from zip(asked, self._answer_each(images, [q.prompt for q in asked]), strict=True)
+
+    def _answer_each(self, images: Sequence, prompts: Sequence[str]) -> list[Answer]:
+        try:
+            return self.answer(images, prompts) if prompts else []
+        except torch.OutOfMemoryError as error:
+            raise ValueError("the device is out of memory; use smaller batches, or a smaller dtype") from error
+        except Exception as error:  # a processor's rules are many
+            if len(prompts) > 1:
+                return [self._answer_each([i], [p])[0] for i, p in zip(images, prompts, strict=True)]
+            return [Answer(refusal=f"the model cannot take it: {one_line(str(error))[:300]}", fault="server")]
 
     def answer(self, images: Sequence, prompts: Sequence[str]) -> list[Answer]:
         """One answer for each image and prompt, as one batch."""
@@ -99,10 +109,15 @@ class TransformersBackend:
         with torch.inference_mode():
             out = self.teacher.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :].cpu()
-        texts = [without_thinking(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
-        return [Answer(text, bool(torch.isin(row, ends).any())) for text, row in zip(texts, new, strict=True)]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        return [read_text(text, bool(torch.isin(row, ends).any())) for text, row in zip(texts, new, strict=True)]
 
 
-def without_thinking(text: str) -> str:
-    """The text without what a model thinks before it answers."""
-    return _THINKING.sub("", text.rpartition("</think>")[2] if "<think>" not in text else text).strip()
+def read_text(text: str, finished: bool, model: str = "", why_none: str = "") -> Answer:
+    """The answer in what a model said, without its thinking; if nothing is left, a refusal that says why."""
+    text = without_thinking(clean(text))
+    if text:
+        return Answer(text, finished, model)
+    if finished or why_none:
+        return Answer("", finished, model, why_none or "the model gave an empty answer", "request")
+    return Answer("", False, model, "the tokens ran out before the model answered; allow more", "tokens")

@@ -1,29 +1,37 @@
-"""Answers from a server that speaks OpenAI's chat protocol."""
+"""Questions to a server that speaks OpenAI's chat protocol, several at a time."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
+import itertools
+import logging
 import os
+import queue
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from PIL import Image
 
-from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.stages.backends import Answer, Open, Question, without_thinking
+from mllmfl_lite.stages.backends import Answer, Answers, Open, Question
+from mllmfl_lite.stages.cleaning import Mask
+from mllmfl_lite.stages.replies import Problem, Reader
 
-FAILURES = 5  # requests in a row that fail on the server's side before the run stops
+CONNECT = 10.0  # seconds until a server must have taken the connection
+SAID = 9.0  # seconds; longer waits are logged
+LONGEST_WAIT = 600.0  # seconds; a server that asks for a longer pause ends the run
+MOST = 1000  # requests at a time
 SMALL = 64  # pixels; smaller images are sent without loss
 
 
 class EndpointBackend:
     """Answers from vLLM, `transformers serve`, a GPT-4-class service, or the like.
 
-    The `openai` client retries 408, 409, 429, 5xx and lost connections, and waits as ``Retry-After`` says. The key
-    comes from the environment variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
+    Busy servers (408, 409, 425, 429, 5xx) and lost connections are asked again, after as long as ``Retry-After`` says.
+    The key comes from the environment variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
 
     Args:
         url: e.g. ``"http://localhost:8000/v1"``.
@@ -31,8 +39,12 @@ class EndpointBackend:
         max_new_tokens: where an answer is cut off.
         concurrency: requests at a time; so many images are open.
         timeout: seconds to wait for one answer.
-        retries: further attempts for one answer.
+        retries: further attempts for one answer; under a rate limit they count anew whenever another answer came.
         max_side: pixels; larger images are made smaller before they are sent.
+        pause: waits so many seconds before a further attempt; returns True if the run has ended meanwhile.
+
+    Raises:
+        ValueError: a number, the address or the key cannot be used.
     """
 
     batch_size = 1
@@ -46,126 +58,117 @@ class EndpointBackend:
         timeout: float = 120.0,
         retries: int = 5,
         max_side: int = 1024,
+        pause: Callable[[float], object] | None = None,
     ):
-        from openai import OpenAI  # slow
+        from openai import OpenAI, Timeout  # slow
 
-        if concurrency < 1 or max_side < SMALL:
+        if not 1 <= concurrency <= MOST or max_new_tokens < 1 or max_side < SMALL or not timeout > 0:
             raise ValueError(
-                f"concurrency must be at least 1, max_side at least {SMALL}; got {concurrency}, {max_side}"
+                f"concurrency must be 1..{MOST}, max_new_tokens at least 1, max_side at least {SMALL}, timeout above 0;"
+                f" got {concurrency}, {max_new_tokens}, {max_side}, {timeout}"
             )
-        self.model, self.concurrency, self.max_side = model, concurrency, max_side
-        self._key, self._url = _api_key(), url
+        key, url = _api_key(), url.strip()
+        self.model, self.max_new_tokens, self.concurrency = model.strip(), max_new_tokens, concurrency
+        self.timeout, self.retries, self.max_side, self._pause = timeout, retries, max_side, pause
+        shown = re.sub("://.*@", "://***@", url)
+        if not re.match(r"https?://[^/]", url) or not url.isprintable():
+            raise ValueError(f"an endpoint is an address that begins with http:// or https://; got {shown!a}")
+        self._reader = Reader(Mask(key, url))
+        self._where = f"the endpoint {self._reader.shown(shown)} gave no answer for model {self.model!r}"
         self._settings: dict = {"max_tokens": max_new_tokens, "temperature": 0}
-        client = OpenAI(base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=retries)
+        self._stop, self._answered, self._quiet_until = threading.Event(), 0, 0.0
+        limit = Timeout(timeout, connect=min(timeout, CONNECT))
+        try:
+            client = OpenAI(base_url=url, api_key=key or "none", timeout=limit, max_retries=0)
+        except Exception as error:  # what is no address
+            raise ValueError(f"{self._where} ({self._reader.shown(str(error))}); see the address") from None
         self._create = client.chat.completions.with_raw_response.create
-        self._failures = 0
 
-    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Iterator[tuple[Question, Answer]]:
-        """As the server sends them, `concurrency` requests at a time."""
+    def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
+        """As the server sends them, `concurrency` requests at a time; those under way are awaited if the run ends."""
         questions = (question for batch in batches for question in batch)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            running: dict[Future, Question] = {}
-            for question in questions:
-                running[pool.submit(self._ask, question, open_image)] = question
-                if len(running) >= self.concurrency:
-                    yield from self._collect(running)
+        waiting: queue.Queue[Question | None] = queue.Queue()
+        done: queue.Queue[tuple[Question, Answer | Exception]] = queue.Queue()
+        self._stop = threading.Event()
+
+        def work() -> None:
+            for question in iter(waiting.get, None):
+                try:
+                    done.put((question, self._ask(question, open_image)))
+                except Exception as error:
+                    done.put((question, error))
+
+        running, failed = 0, None
+        try:
+            for question in itertools.islice(questions, self.concurrency):
+                threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for the server
+                waiting.put(question)
+                running += 1
             while running:
-                yield from self._collect(running)
-
-    def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Answer]:
-        """One answer for each image and prompt."""
-        questions = [[Question(str(i), "", prompt)] for i, prompt in enumerate(prompts)]
-        found = {q.id: answer for q, answer in self.answers(questions, lambda name: as_pil(images[int(name)]))}
-        return [found[str(i)] for i in range(len(prompts))]
-
-    def _collect(self, running: dict[Future, Question]) -> Iterator[tuple[Question, Answer]]:
-        """Yield what has come. If the run must stop, answers that are under way are still yielded first."""
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        if failed := next((job for job in done if job.exception()), None):
-            wait(running)
-            done = set(running)
-        for job in done:
-            question = running.pop(job)
-            if not job.exception():
-                yield question, job.result()
-        if failed:
-            raise failed.exception()
+                question, answer = done.get()
+                if isinstance(answer, Exception):
+                    failed = failed or answer
+                    self._stop.set()
+                elif not (failed and answer.fault == "server"):
+                    yield question, answer
+                following = None if failed else next(questions, None)
+                waiting.put(following)
+                if following is None:
+                    running -= 1
+            if failed:
+                raise failed
+        finally:
+            self._stop.set()
+            for _ in range(running):
+                waiting.put(None)
 
     def _ask(self, question: Question, open_image: Open) -> Answer:
-        from openai import APIConnectionError, APIStatusError, APITimeoutError
-
+        """One answer, after as many attempts as there may be."""
         try:
-            image = open_image(question.id)
+            picture = {"type": "image_url", "image_url": {"url": data_url(open_image(question.id), self.max_side)}}
         except ValueError as error:
             return Answer(refusal=str(error))
-        picture = {"type": "image_url", "image_url": {"url": data_url(image, self.max_side)}}
         message = {"role": "user", "content": [picture, {"type": "text", "text": question.prompt}]}
-        try:
-            answer = self._read(self._request(message).text)
-        except APITimeoutError as error:
-            return self._failed(f"no answer in time: {error}")
-        except APIStatusError as error:
-            reason = f"{error.status_code}: {_sentence(error.body) or error.message}"
-            if error.status_code in (401, 403, 404, 429):
-                advice = "set OPENAI_API_KEY" if error.status_code == 401 else "see the server's sentence"
-                raise self._stopped(reason, advice) from None
-            return Answer(refusal=self.mask(reason)) if error.status_code < 500 else self._failed(reason)
-        except APIConnectionError as error:
-            raise self._stopped(f"{error} {error.__cause__ or ''}", "see that it runs and can be reached") from None
-        self._failures = 0
-        return answer
+        attempt, answered = 0, self._answered
+        while True:
+            try:
+                answer = self._send(message)
+                self._answered += 1
+                return answer
+            except Problem as problem:
+                if problem.fault == "run" and self._answered > answered:
+                    attempt, answered = 0, self._answered
+                again = problem.wait is not None and problem.wait <= LONGEST_WAIT and attempt < self.retries
+                if not again or self._wait(problem.wait or min(8.0, 0.5 * 2**attempt), problem.reason):
+                    if problem.fault == "run":
+                        raise ValueError(f"{self._where} ({problem.reason}); {problem.advice}") from None
+                    return Answer(refusal=problem.reason, fault=problem.fault)
+                attempt += 1
 
-    def _request(self, message: dict):
+    def _wait(self, seconds: float, reason: str) -> object:
+        if seconds > SAID and time.monotonic() > self._quiet_until:
+            self._quiet_until = time.monotonic() + seconds
+            logging.getLogger(__name__).warning("waiting %.0f s: %s", seconds, reason)
+        return (self._pause or self._stop.wait)(seconds)
+
+    def _send(self, message: Any) -> Answer:
         """Send one request; settings that the server does not take are renamed or left out for all that follow."""
-        from openai import BadRequestError
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         settings = dict(self._settings)
         try:
-            return self._create(model=self.model, messages=[message], **settings)
-        except BadRequestError as error:
-            if "max_completion_tokens" in str(error) and "max_tokens" in settings:
-                settings["max_completion_tokens"] = settings.pop("max_tokens")
-            elif "temperature" in str(error) and "temperature" in settings:
-                del settings["temperature"]
-            else:
-                raise
-        self._settings = settings
-        return self._request(message)
-
-    def _read(self, body: str) -> Answer:
-        try:
-            value = json.loads(body)
-            choice = value["choices"][0]
-            message = choice["message"]
-            content = message.get("content") or ""
-            if isinstance(content, list):
-                content = "".join(part.get("text", "") for part in content)
-            refusal = message.get("refusal") or ""
-            finished = choice.get("finish_reason") not in ("length", "content_filter")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            return self._failed(_sentence(body) or f"its answer is no completion: {body[:200]!r}")
-        text = without_thinking(self.mask(str(content)))
-        if not text:
-            refusal = refusal or (
-                "it gave an empty answer" if finished else "its tokens ran out before it answered; allow more tokens"
-            )
-        return Answer(text, finished, self.mask(str(value.get("model") or "")), self.mask(refusal) if not text else "")
-
-    def _failed(self, reason: str) -> Answer:
-        """A request that failed on the server's side: a refusal, until too many follow one another."""
-        self._failures += 1
-        if self._failures >= FAILURES:
-            raise self._stopped(f"{FAILURES} requests in a row failed, the last with: {reason}", "see that it runs")
-        return Answer(refusal=self.mask(reason))
-
-    def _stopped(self, reason: str, advice: str) -> ValueError:
-        where = f"the endpoint {self._url} gave no answer for model {self.model!r}"
-        return ValueError(self.mask(f"{where} ({reason[:1000]}); {advice}"))
-
-    def mask(self, text: str) -> str:
-        """The text without the key and without passwords in addresses."""
-        text = text.replace(self._key, "***") if self._key else text
-        return re.sub(r"(://[^/\s:@]{0,200}:)[^/\s@]{1,200}@", r"\1***@", text)
+            return self._reader.answer(self._create(model=self.model, messages=[message], **settings).text)
+        except APIStatusError as error:
+            if error.status_code == 400 and _mend(settings, str(error)):
+                self._settings = settings
+                return self._send(message)
+            raise self._reader.problem(error.status_code, error.body, error.response.headers) from None
+        except APIConnectionError as error:
+            cause = type(error.__cause__).__name__
+            if isinstance(error, APITimeoutError) and cause != "ConnectTimeout":
+                raise Problem(f"no answer within {self.timeout:g} s", "server", 0.0) from None
+            reason = self._reader.shown(f"{error} {error.__cause__ or ''}")
+            raise Problem(reason, "run" if cause.startswith("Connect") else "server", 0.0) from None
 
 
 def _api_key() -> str:
@@ -175,16 +178,15 @@ def _api_key() -> str:
     return key
 
 
-def _sentence(body: object) -> str:
-    """The server's own sentence in the body of an error."""
-    try:
-        value = json.loads(body) if isinstance(body, str) else body
-    except ValueError:
-        return str(body)[:500]
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and value.get(key):
-            return _sentence(value[key]) if isinstance(value[key], dict) else str(value[key])
-    return ""
+def _mend(settings: dict, complaint: str) -> bool:
+    """Change the settings as a server's complaint asks; return False if it asks for nothing that can be changed."""
+    if "max_completion_tokens" in complaint and "max_tokens" in settings:
+        settings["max_completion_tokens"] = settings.pop("max_tokens")
+    elif "temperature" in complaint and "temperature" in settings:
+        del settings["temperature"]
+    else:
+        return False
+    return True
 
 
 def data_url(image: Image.Image, max_side: int) -> str:

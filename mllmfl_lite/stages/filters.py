@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.clip import ClipTeacher
 
-AT_ONCE = 256  # images that are open together
+MOST = 2 / 3  # share of a text's words
+PUNCTUATION = ".,;:!?\"'()[]*_#-–—…。，、！？；：“”‘’«»"
 
 
 def is_empty(record: Record) -> bool:
@@ -25,11 +27,13 @@ def is_cut_off(record: Record) -> bool:
     return not record.finished
 
 
-def is_looping(record: Record, length: int = 4, times: int = 3) -> bool:
-    """The same `length` words occur at least `times` times."""
-    words = re.findall(r"\w+", record.text.lower())
-    runs = Counter(tuple(words[i : i + length]) for i in range(len(words) - length + 1))
-    return bool(runs) and max(runs.values()) >= times
+def is_looping(record: Record) -> bool:
+    """Most of it is made of four words in a row that occur three times or more."""
+    words = [word.strip(PUNCTUATION) for word in record.text.lower().split()]
+    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    times = Counter(runs)
+    looping = {i + j for i, run in enumerate(runs) if times[run] >= 3 for j in range(4)}
+    return len(looping) > MOST * len(words)
 
 
 FILTERS = {"empty": is_empty, "cut-off": is_cut_off, "looping": is_looping}
@@ -96,12 +100,17 @@ def filter_records(
 
 
 def similarities(records: Sequence[Record], pool: ImageSet, clip: ClipTeacher) -> list[float]:
-    """CLIP's cosine between each record's text and its image. Each image is encoded once, a few are open at a time."""
+    """CLIP's cosine between each record's text and its image. Each image is encoded once; they are opened one by one.
+
+    Raises:
+        ValueError: a record about an image that is not in the pool, or can no longer be opened.
+    """
     place = {name: i for i, name in enumerate(pool.ids)}
     ids = list(dict.fromkeys(record.id for record in records))
-    features = {}
-    for start in range(0, len(ids), AT_ONCE):
-        part = ids[start : start + AT_ONCE]
-        features |= dict(zip(part, clip.features([pool.open(place[i]) for i in part]), strict=True))
-    texts = clip.text_features([record.text for record in records]) if records else []
+    if missing := [name for name in ids if name not in place]:
+        raise ValueError(f"{len(missing)} images of the records are not in the pool, such as {missing[0]!r}")
+    if not ids:
+        return []
+    features = dict(zip(ids, clip.features(pool.images[np.array([place[name] for name in ids])]), strict=True))
+    texts = clip.text_features([record.text for record in records])
     return [float(features[record.id] @ text) for record, text in zip(records, texts, strict=True)]

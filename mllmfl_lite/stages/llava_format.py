@@ -10,80 +10,91 @@ from pathlib import Path
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.prompts import load_prompts
 
-_ASKS = {"question", "q", "user", "human"}
-_LABEL = re.compile(  # "Question 2:", "**Q1.**", "- User:", "3) Answer -"; a bare "Q" or "A" must be a capital
-    r"(?:^|(?<=\s))(?:[#>*_\-•]{1,4}\s*|\d{1,3}[.)]\s*){0,3}"
-    r"((?i:question|answer|user|human|assistant|gpt)|Q|A|AI)"
-    r"\s?#?\d{0,3}\s?[*_]{0,2}\s?[:.)\-–]\s?[*_]{0,2}(?=\s|$)",
-    re.M,
+IMAGE = "<image>"  # the image's place in a conversation
+_BOTS = ("assistant", "ai", "gpt", "bot")
+_ANSWERS = {"question": ("answer",), "q": ("a", "answer"), "user": _BOTS, "human": _BOTS}  # what answers which label
+_MARKS = r"[*_]{0,2}"
+_LABEL = re.compile(  # "Question 2:", "**Q1.**", "- User:", "3) Answer -", alone on its line; amid a line with a colon
+    rf"(?:(?P<first>^[ \t]*(?:[#>*_\-•]{{1,4}}[ \t]*|\(?\d{{1,3}}[.):][ \t]*){{0,3}})|(?<=\s){_MARKS})"
+    r"(?P<word>question|answer|user|human|assistant|gpt|bot|ai|q|a)(?P<number>[ \t]?#?\d{1,3})?"
+    rf"{_MARKS}(?:[ \t]?[:：]{_MARKS}|(?(number)[.)](?=\s)|(?(first)[ \t]?[.)\-–—](?=\s)|(?!)))"
+    r"|(?(first)[ \t]*$|(?!)))",
+    re.M | re.I,
 )
 
 
-def to_llava(records: Sequence[Record], prompts: dict[str, str] | None = None) -> list[dict]:
+def to_llava(records: Sequence[Record], prompts: dict[str, str] | None = None, plain: bool = False) -> list[dict]:
     """Export records as LLaVA's instruction data. No word is lost.
 
-    A text that follows "Question: ... Answer: ..." (in any of the usual forms) becomes one turn each; any other text
-    answers its prompt. ``<image>`` stands once, in the first human turn. For LLaVA's first stage (``plain``) export one
-    kind alone, ``detailed_description``. Source: the LLaVA repository's data format.
+    A text of the form "Question: ... Answer: ..." becomes one turn each: with "Q1.", "User:" and "Assistant:", numbers,
+    bullets or bold type as well. Words before the first question answer the prompt, as does any other text. ``<image>``
+    stands once, in the first human turn. Source: the LLaVA repository's data format.
+
+    Args:
+        records: what was written.
+        prompts: the text of each kind; the bundled ones by default.
+        plain: for LLaVA's first stage (``plain``): one answer each. Give records of one kind that describes, such as
+            ``detailed_description``.
     """
     prompts = prompts or load_prompts()
     return [
         {
             "id": f"{record.id}-{record.kind}",
             "image": record.image,
-            "conversations": _turns(record.text.replace("<image>", "").strip(), prompts.get(record.kind, record.kind)),
+            "conversations": _turns(record.text, prompts.get(record.kind, record.kind), plain),
         }
         for record in records
     ]
 
 
-def _turns(text: str, prompt: str) -> list[dict]:
-    lead, parts = _split(text.replace("\r\n", "\n"))
-    asked = next((i for i, (asks, _) in enumerate(parts) if asks), None)
-    if asked is None or all(asks for asks, _ in parts):
-        pairs = [(prompt, text)]
-    else:
-        pairs = [(prompt, "\n".join(part for part in [lead, *(t for _, t in parts[:asked])] if part))]
-        for asks, part in parts[asked:]:
-            if asks:
-                pairs.append((part, ""))
-            else:
-                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]}\n{part}".strip())
-        pairs = _without_gaps(pairs)
+def _turns(text: str, prompt: str, plain: bool) -> list[dict]:
+    text = text.replace(IMAGE, " ").replace("\r\n", "\n").replace("\r", "\n").strip()
+    pairs = [(prompt.replace(IMAGE, " "), text)]
+    if not plain and (cuts := _cuts(text)):
+        lead = text[: cuts[0].start()].strip()
+        pairs = [(pairs[0][0], lead)] if any(map(str.isalnum, lead)) else []
+        values = _between(text, cuts)
+        pairs += zip(values[::2], values[1::2], strict=True)
     values = [value for pair in pairs for value in pair]
     turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
     return turns
 
 
-def _split(text: str) -> tuple[str, list[tuple[bool, str]]]:
-    """The words before the first label, and (is a question, words) for each label."""
-    labels = list(_LABEL.finditer(text))
-    if not labels:
-        return "", []
-    ends = [label.start() for label in labels[1:]] + [len(text)]
-    parts = [
-        (label[1].lower() in _ASKS, text[label.end() : end].strip(" \n*_"))
-        for label, end in zip(labels, ends, strict=True)
-    ]
-    return text[: labels[0].start()].strip(), parts
+def _cuts(text: str) -> list[re.Match]:
+    """The labels that split a text into questions and answers, in turn; what has no answer is not split off."""
+    every = [label for label in _LABEL.finditer(text) if label["first"] is not None or label["word"] not in ("q", "a")]
+    best: list[re.Match] = []
+    for labels in ([label for label in every if label["first"] is not None], every):  # rather those that begin a line
+        for asks, answers in _ANSWERS.items():
+            cuts: list[re.Match] = []
+            for label in labels:
+                if label["word"].lower() in (answers if len(cuts) % 2 else (asks,)):
+                    cuts.append(label)
+            cuts = cuts[: len(cuts) // 2 * 2]
+            values = _between(text, cuts)
+            cuts = [cut for i, cut in enumerate(cuts) if values[i // 2 * 2] and values[i // 2 * 2 + 1]]
+            best = cuts if len(cuts) > len(best) else best
+    return best
 
 
-def _without_gaps(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Questions without an answer join the question after them, or the last answer; an empty lead-in goes."""
-    kept: list[tuple[str, str]] = []
-    waiting = ""
-    for number, (question, answer) in enumerate(pairs):
-        if number == 0:
-            kept += [(question, answer)] if answer else []
-        elif answer:
-            kept.append((f"{waiting}\n{question}".strip(), answer))
-            waiting = ""
-        else:
-            waiting = f"{waiting}\n{question}".strip()
-    if waiting:
-        kept[-1] = (kept[-1][0], f"{kept[-1][1]}\n{waiting}")
-    return kept
+def _between(text: str, cuts: Sequence[re.Match]) -> list[str]:
+    """The text after each label, up to the next."""
+    ends = [cut.start() for cut in cuts[1:]] + [len(text)]
+    return [_trim(text[cut.end() : end]) for cut, end in zip(cuts, ends, strict=False)]
+
+
+def _trim(text: str) -> str:
+    """Without blanks, rules (``===``) and a mark of bold type whose other half went with the label."""
+    lines = text.strip().split("\n")
+    while lines and not lines[-1].strip("=-_* \t"):
+        lines.pop()
+    start = next((i for i, line in enumerate(lines) if line.strip("=-_* \t")), 0)
+    text = "\n".join(lines[start:]).strip()
+    for mark in ("**", "*", "_"):
+        if text.endswith(mark) and text.count(mark) % 2:
+            text = text[: -len(mark)].rstrip()
+    return text
 
 
 def check_llava(entries: Sequence[object], images: Sequence[str] | None = None) -> list[str]:
@@ -95,18 +106,21 @@ def check_llava(entries: Sequence[object], images: Sequence[str] | None = None) 
     """
     problems, known = [], None if images is None else set(images)
     for number, entry in enumerate(entries):
-        where = f"entry {number} ({entry.get('id')!r})" if isinstance(entry, dict) else f"entry {number}"
+        where = f"entry {number} ({entry.get('id')!r:.100})" if isinstance(entry, dict) else f"entry {number}"
         turns = entry.get("conversations") if isinstance(entry, dict) else None
-        if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
+        if not isinstance(entry, dict) or not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
             problems.append(f"{where} has no list of conversations with 'from' and 'value'")
             continue
+        image = entry.get("image")
         turns = turns[1:] if turns[0]["from"] == "system" else turns
         if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
             problems.append(f"{where}: turns must alternate, human first, gpt last")
-        elif sum(turn["value"].count("<image>") for turn in turns) != 1 or "<image>" not in turns[0]["value"]:
-            problems.append(f"{where}: <image> must stand once, in the first human turn")
-        if known is not None and entry.get("image") not in known:
-            problems.append(f"{where}: image {entry.get('image')!r} does not exist")
+        elif sum(turn["value"].count(IMAGE) for turn in turns) != 1 or IMAGE not in turns[0]["value"]:
+            problems.append(f"{where}: {IMAGE} must stand once, in the first human turn")
+        elif image is not None and not isinstance(image, (str, int)):
+            problems.append(f"{where}: its image must be one file name")
+        elif known is not None and image not in known:
+            problems.append(f"{where}: image {image!r} does not exist")
     return problems
 
 
@@ -126,7 +140,7 @@ def from_llava(path: str | Path) -> tuple[list[dict], int]:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold one JSON list of entries; it holds a {type(entries).__name__}")
-    pictured = [entry for entry in entries if not isinstance(entry, dict) or entry.get("image")]
+    pictured = [entry for entry in entries if not isinstance(entry, dict) or entry.get("image") not in (None, "")]
     if problems := check_llava(pictured):
         raise ValueError(f"{path}: {len(problems)} entries break LLaVA's format; {'; '.join(problems[:5])}")
     read = [

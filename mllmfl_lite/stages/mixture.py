@@ -1,4 +1,4 @@
-"""Dynamic Weighted Pretraining: the mixture of a frozen CLIP and the compact model in front of a frozen LLM.
+"""The mixture of Dynamic Weighted Pretraining: a frozen CLIP and the compact model in front of a frozen LLM.
 
 The LLM reads ``H(x) = (1 - alpha) * P_clip(f_clip(x)) + alpha * P_s(g(x))`` in the image's places. The mixture is the
 paper's; this equation, the schedules of alpha and the initial P_s are our reading.
@@ -32,15 +32,12 @@ SCHEDULES = {
 
 
 def alpha_at(step: int, steps: int, schedule: str = "linear", ramp: float = 1.0, end: float = 1.0) -> float:
-    """The compact model's weight in a step: it rises from 0 in the first to `end`.
+    """The compact model's weight in step 0, ..., `steps` - 1: it rises from 0 to `end`, then stays there.
 
     Args:
-        step: counted from 0.
-        steps: in all.
-        schedule: ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or ``"constant"``: `end` from the first step, an
-            ablation.
-        ramp: share of the steps in which alpha rises; then it stays at `end`.
-        end: its last value; 1 removes CLIP.
+        schedule: ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or an ablation, ``"constant"``: always `end`.
+        ramp: share of the steps in which alpha rises.
+        end: 1 removes CLIP.
 
     Source: the paper has alpha rise from 0 to 1; the shapes are our reading.
     """
@@ -49,12 +46,9 @@ def alpha_at(step: int, steps: int, schedule: str = "linear", ramp: float = 1.0,
 
 
 class CompactEncoder(nn.Module):
-    """The trained part: the compact model g and the projection P_s, two layers with a GELU as in LLaVA-1.5.
+    """The trained part: the compact model g without its head, and the projection P_s, as in LLaVA-1.5.
 
-    Args:
-        model: g; its head is not used.
-        grid: side of the token grid that the MLLM reads.
-        hidden: H, the width of the language model.
+    The MLLM reads `grid` x `grid` tokens of width `hidden`.
     """
 
     def __init__(self, model: CompactModel, grid: int, hidden: int):
@@ -69,19 +63,14 @@ class CompactEncoder(nn.Module):
 
     @torch.no_grad()
     def start_like(self, x: Tensor, visual: Tensor) -> None:
-        """Give P_s the mean and spread of the MLLM's own projector.
-
-        Args:
-            x: images (B, 3, H, W).
-            visual: the MLLM's projected tokens of images (B, P, H).
-        """
+        """Give P_s's tokens of images (B, 3, H, W) the mean and spread of the MLLM's own visual tokens (B, P, H)."""
         last, statistics = self.projection[-1], copy.deepcopy(self.state_dict())
-        own = self.train()(x)
+        compact = self.train()(x)
         self.load_state_dict(statistics)  # this pass must not move BatchNorm's averages
-        middle, own_middle = visual.mean((0, 1)), own.mean((0, 1))
-        scale = (visual - middle).std() / (own - own_middle).std().clamp(min=1e-6)
+        wanted, mean = visual.mean((0, 1)), compact.mean((0, 1))
+        scale = (visual - wanted).std() / (compact - mean).std().clamp(min=1e-6)
         last.weight.mul_(scale)
-        last.bias.copy_(middle - scale * (own_middle - last.bias))
+        last.bias.copy_(wanted - scale * (mean - last.bias))
 
 
 def new_encoder(
@@ -89,13 +78,7 @@ def new_encoder(
 ) -> CompactEncoder:
     """Initialise the trained part: a copy of `model`, and a projection with the mean and spread of the MLLM's own.
 
-    Args:
-        model: the compact model.
-        mllm: the frozen LLaVA.
-        views: the images; up to `START_IMAGES` are used.
-        texts: their questions show how many visual tokens the MLLM reads.
-        seed: of the projection's weights.
-        device: where it will be trained.
+    Up to `START_IMAGES` images decide mean and spread. The seed decides the projection's weights.
 
     Raises:
         ValueError: the MLLM's visual tokens are no square grid, or the compact model's feature map does not fit it.
@@ -117,11 +100,9 @@ def new_encoder(
 
 
 class FrozenReader:
-    """The frozen half: the MLLM's projector P_clip and its language model.
+    """The frozen half: an MLLM's projector P_clip and its language model.
 
-    Args:
-        mllm: from `load_mllm`; its weights never change.
-        gradient_checkpointing: see `PretrainSettings`.
+    `gradient_checkpointing`: see `PretrainSettings`.
     """
 
     def __init__(self, mllm: MllmTeacher, gradient_checkpointing: bool = False):
@@ -139,12 +120,9 @@ class FrozenReader:
             return self.model.model.multi_modal_projector(tokens.to(self.model.device, self.model.dtype))
 
     def loss(self, visual: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the learned tokens, in nats.
+        """Mean negative log-likelihood of the tokens whose label is not -100, in nats.
 
-        Args:
-            visual: (B, P, H), placed where the image tokens are.
-            ids: int64 (B, L), with P image tokens in each row.
-            labels: int64 (B, L); -100 where nothing is learned.
+        The visual tokens (B, P, H) are placed where ids (B, L) has image tokens, P a row.
         """
         words = self.model.get_input_embeddings()(ids)
         words = words.masked_scatter((ids == self.image_token)[..., None], visual.to(words.dtype))
@@ -155,19 +133,12 @@ class FrozenReader:
 
 
 class TextBatch(NamedTuple):
-    """One batch of stage 1.
+    """One batch of stage 1."""
 
-    Attributes:
-        x: the compact model's images (B, 3, H, W).
-        tokens: CLIP's patch tokens (B, P, D); None at alpha 1 without feature term, since CLIP is then not used.
-        ids: int64 (B, L).
-        labels: int64 (B, L).
-    """
-
-    x: Tensor
-    tokens: Tensor | None
-    ids: Tensor
-    labels: Tensor
+    x: Tensor  #: the compact model's images (B, 3, H, W)
+    tokens: Tensor | None  #: CLIP's patch tokens (B, P, D); None where CLIP is not used: alpha 1, no feature term
+    ids: Tensor  #: int64 (B, L)
+    labels: Tensor  #: int64 (B, L), -100 where nothing is learned
 
 
 def mixed_loss(
@@ -178,29 +149,24 @@ def mixed_loss(
     language_weight: float = 1.0,
     feature_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one batch: ``-log p_LLM(answer | H(x), question)``, and an optional feature term.
+    """The loss of one batch, and its parts as numbers.
 
-    Args:
-        encoder: `CompactEncoder`, or a module that wraps it.
-        reader: the frozen half.
-        alpha: the compact model's weight.
-        batch: images, tokens and texts.
-        language_weight: of the first term.
-        feature_weight: of ``1 - cosine`` between the two projected tokens.
+    The parts are ``-log p_LLM(answer | H(x), question)`` and ``1 - cosine`` between the two projected tokens.
 
-    Returns:
-        The loss, and its parts as numbers.
+    Raises:
+        ValueError: CLIP's tokens are needed and absent.
     """
-    own = encoder(batch.x)
-    seen = own
-    if batch.tokens is not None:
+    seen = compact = encoder(batch.x)
+    if alpha < 1 or feature_weight:
+        if batch.tokens is None:
+            raise ValueError(f"alpha {alpha} and feature_weight {feature_weight} need CLIP's tokens in the batch")
         frozen = reader.project(batch.tokens)
-        seen = (1 - alpha) * frozen + alpha * own if alpha < 1 else own
-    loss, parts = own.new_zeros(()), {}
+        seen = (1 - alpha) * frozen + alpha * compact if alpha < 1 else compact
+    loss, parts = compact.new_zeros(()), {}
     if language_weight:
         language = reader.loss(seen, batch.ids, batch.labels)
         loss, parts["language"] = loss + language_weight * language, language.item()
     if feature_weight:
-        feature = (1 - cosine_similarity(own.float(), frozen.float(), dim=-1)).mean()
+        feature = (1 - cosine_similarity(compact.float(), frozen.float(), dim=-1)).mean()
         loss, parts["feature"] = loss + feature_weight * feature, feature.item()
     return loss, parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -32,19 +32,12 @@ from mllmfl_lite.teachers.llava import MllmTeacher
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a run returns.
+    """What a run returns."""
 
-    Attributes:
-        model: the compact model g, ready for the clients.
-        projection: the state of P_s.
-        history: one record a step: step, alpha, loss, its parts, gradient norm of g.
-        seconds: spent in steps, over all restarts.
-    """
-
-    model: CompactModel
-    projection: dict[str, Tensor]
-    history: list[dict]
-    seconds: float
+    model: CompactModel  #: g, ready for the clients
+    projection: dict[str, Tensor]  #: the state of P_s
+    history: list[dict]  #: one record a step: step, alpha, loss, its parts, gradient norm of g
+    seconds: float  #: spent in steps, over all restarts
 
 
 def pretrain(
@@ -56,26 +49,17 @@ def pretrain(
     seed: int = 0,
     execution: Execution | None = None,
 ) -> Pretrained:
-    """Pretrain from the weights of `model`, which is not changed.
+    """Pretrain from the weights of `model`, which is not changed. With a folder, checkpoints are saved and resumed.
 
     Under ``accelerate launch`` or ``torchrun`` each process takes its share of every batch; all call this with the same
     arguments, and the first one writes checkpoints. A run resumes with as many processes as it began with.
 
-    Args:
-        model: the compact model.
-        mllm: the frozen LLaVA.
-        views: the images.
-        texts: their annotations.
-        settings: the numbers.
-        seed: of batches, augmentation and the projection.
-        execution: with a folder, checkpoints are saved there, and the run resumes.
-
     Raises:
-        ValueError: parts that do not fit; or a loss that is not finite: the batch's image ids are saved in the folder.
+        ValueError: parts that do not fit; or a loss or gradient that is not finite: the batch's image ids are saved.
         CheckpointError: the folder belongs to another run, is damaged, in use or not writable.
     """
     execution = execution or Execution(device="cpu")
-    run = _Run((model, mllm, views, texts), settings or PretrainSettings(), seed, execution)
+    run = _Run((model, mllm, views, texts), settings or PretrainSettings(), int(seed), execution)
     if not execution.folder:
         return run.go(None, None)
     folder = RunFolder(execution.folder, run.identity())
@@ -91,88 +75,88 @@ class _Run:
 
         self.initial, self.mllm, self.views, self.texts = parts
         self.settings, self.seed, self.label = settings, seed, execution.label or "pretraining"
-        if len(self.texts) and self.texts.image.max() >= len(self.views):
-            raise ValueError(
-                f"a text is about image {self.texts.image.max()}, but there are only {len(self.views)} images"
-            )
         device = pick_device(execution.device)
         self.accelerator = Accelerator(cpu=device.type == "cpu")
-        size = settings.batch_size * self.accelerator.num_processes
-        per_epoch = len(self._epoch(0))
-        if not per_epoch:
-            raise ValueError(f"{len(self.texts)} texts do not fill one batch of {size}; lower batch_size")
-        self.steps = settings.epochs * per_epoch
+        self.batch = settings.batch_size * self.accelerator.num_processes
+        self._check(device)
+        self.per_epoch = len(self._epoch(0))
+        self.steps = settings.epochs * self.per_epoch
         self.encoder = new_encoder(self.initial, self.mllm, self.views, self.texts, seed, device)
         self.reader = FrozenReader(self.mllm, settings.gradient_checkpointing)
         self.history: list[dict] = []
         self.seconds = 0.0
 
+    def _check(self, device: torch.device) -> None:
+        if len({device.type, self.mllm.device.type, self.views.device.type}) > 1:
+            raise ValueError(
+                f"the compact model trains on {device}, the MLLM is on {self.mllm.device}, the views are on "
+                f"{self.views.device}; give all three the same device"
+            )
+        image, kind = self.texts.image, self.texts.kind
+        if len(image) and image.max() >= len(self.views):
+            raise ValueError(f"a text is about image {image.max()}, but there are only {len(self.views)} images")
+        counts = np.bincount(kind, minlength=1)
+        if counts.max() < self.batch:
+            raise ValueError(f"{len(kind)} texts do not fill one batch of {self.batch}; lower batch_size")
+        if few := int(counts[counts < self.batch].sum()):
+            warnings.warn(f"{few} texts are never used: their kind does not fill a batch of {self.batch}", stacklevel=4)
+
     def _epoch(self, epoch: int) -> list[np.ndarray]:
-        size = self.settings.batch_size * self.accelerator.num_processes
-        return self.texts.batches(size, self.seed, epoch, self.settings.order == "length")
+        return self.texts.batches(self.batch, self.seed, epoch, self.settings.order == "length")
 
     def identity(self) -> dict:
         """What two runs must share to be the same run."""
-        digest = hashlib.sha256(repr((self.texts.image.tolist(), self.texts.kind.tolist())).encode())
-        digest.update(repr((self.texts.questions, self.texts.answers)).encode())
+        of = self.texts
+        texts = repr((of.image.tolist(), of.kind.tolist(), of.questions, of.answers)).encode()
         numbers = {k: v for k, v in asdict(self.settings).items() if k != "checkpoint_every"}  # type: ignore[call-overload]
         return {
             **numbers,
             "seed": self.seed,
             "processes": self.accelerator.num_processes,  # each adds its share to a batch
             "mllm": self.mllm.identity,
-            "images": self.views.identity,
-            "texts": digest.hexdigest(),
+            "images": self.views.pool.checksum(),
+            "texts": hashlib.sha256(texts).hexdigest(),
             "initial_weights": sha256_arrays(t.cpu().numpy() for t in self.initial.state_dict().values()),
         }
 
     def go(self, found: tuple | None, folder: RunFolder | None) -> Pretrained:
-        settings = self.settings
-        weights = list(self._trained().values())
+        settings, batches = self.settings, []
+        weights = [p for p in self.encoder.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
         if found:
             self._restore(found, optimizer)
         trained, optimizer = self.accelerator.prepare(self.encoder, optimizer)
         trained.train()
-        started, before = time.perf_counter(), self.seconds
-        with progress_bar(self.steps, "steps", self.label, done=len(self.history)) as bar:
-            for rows in self._batches_from(len(self.history)):
-                self._step(trained, optimizer, rows, folder)
-                self.seconds = before + time.perf_counter() - started
+        started, done = time.perf_counter() - self.seconds, len(self.history)
+        with progress_bar(self.steps, "steps", self.label, done) as bar:
+            for step in range(done, self.steps):
+                epoch, place = divmod(step, self.per_epoch)
+                if place == 0 or not batches:
+                    batches = self._epoch(epoch)
+                self._step(trained, optimizer, batches[place], folder)
+                self.seconds = time.perf_counter() - started
                 bar.set_postfix_str(f"alpha {self.history[-1]['alpha']:.2f}, loss {self.history[-1]['loss']:.3f}")
                 bar.update()
-                step = len(self.history)
-                if folder and (step % settings.checkpoint_every == 0 or step == self.steps):
+                if folder and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == self.steps):
                     self._save(folder, optimizer)
         model, projection = self.encoder.model.cpu().eval(), self.encoder.projection.cpu().state_dict()
         model.head.requires_grad_(True)
         return Pretrained(model, projection, self.history, self.seconds)
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
-
-    def _batches_from(self, done: int) -> Iterator[np.ndarray]:
-        """Row numbers of this process for each step from number `done` on."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        step = 0
-        for epoch in range(self.settings.epochs):
-            for rows in self._epoch(epoch):
-                if step >= done:
-                    yield rows[rank::processes]
-                step += 1
-
     def _step(self, trained: nn.Module, optimizer, rows: np.ndarray, folder: RunFolder | None) -> None:
-        step = len(self.history)
+        step, process = len(self.history), self.accelerator.process_index
         alpha = self.settings.alpha(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = self.settings.rate(step, self.steps)
-        generator = torch_generator(self.seed, "views", step, 0, self.accelerator.process_index)
-        loss, parts = self._loss(trained, alpha, rows, generator)
-        if not math.isfinite(loss.item()):
+        rows = rows[process :: self.accelerator.num_processes]
+        loss, parts = self._loss(trained, alpha, rows, torch_generator(self.seed, "views", step, 0, process))
+        gradient = length = math.nan
+        if math.isfinite(loss.item()):
+            self.accelerator.backward(loss)
+            gradient = _gradient_norm(self.encoder.model)
+            length = nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0).item()
+        if not math.isfinite(length):
             raise self._diverged(step, rows, folder)
-        self.accelerator.backward(loss)
-        gradient = _gradient_norm(self.encoder.model)
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         self.history.append(
@@ -194,27 +178,22 @@ class _Run:
             write_json(folder.path / "bad_batch.json", {"step": step, "images": ids, "texts": rows.tolist()})
             where = f"its images are listed in {folder.path / 'bad_batch.json'}"
         return ValueError(
-            f"the loss of step {step} is not finite; {where}. Look at them, lower lr, or use float32. Weights were not "
-            "changed by this batch; the checkpoint before it is good"
+            f"the loss or gradient of step {step} is not finite; {where}. Look at them, lower lr, or use float32. This "
+            "batch changed no weight; the checkpoint before it is good"
         )
 
     def _save(self, folder: RunFolder, optimizer) -> None:
-        names = list(self._trained())
-        moments = {
-            f"optimizer.{names[i]}.{key}": value.float().cpu()
-            for i, state in optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
-        weights = {f"encoder.{name}": tensor.cpu() for name, tensor in self.encoder.state_dict().items()}
-        record = {"history": self.history, "seconds": round(self.seconds, 3), "steps": self.steps}
-        folder.save(len(self.history), {**weights, **moments}, record)
+        tensors = {f"encoder.{name}": tensor.cpu() for name, tensor in self.encoder.state_dict().items()}
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": moment.cpu() for name, moment in moments.items()}
+        record = {"history": self.history, "seconds": round(self.seconds, 3)}
+        folder.save(len(self.history), tensors, record)
 
     def _restore(self, found: tuple, optimizer) -> None:
         _, tensors, record = found
         self.encoder.load_state_dict(_within(tensors, "encoder."))
         state = optimizer.state_dict()
-        for i, name in enumerate(self._trained()):
-            state["state"][i] = _within(tensors, f"optimizer.{name}.")
+        state["state"] = {i: _within(tensors, f"optimizer.{i}.") for i in state["param_groups"][0]["params"]}
         optimizer.load_state_dict(state)
         self.history, self.seconds = record["history"], record["seconds"]
 

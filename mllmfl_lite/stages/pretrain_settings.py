@@ -13,48 +13,29 @@ from mllmfl_lite.stages.mixture import alpha_at
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @settings_class
 class PretrainSettings:
-    """Numbers of a pretraining run. Defaults are for the laptop; LLaVA's own stand in brackets.
+    """Numbers of a pretraining run. Defaults are for the laptop; LLaVA's own stand in brackets."""
 
-    Attributes:
-        epochs: passes over the texts (1).
-        batch_size: texts a step, in each process (128 over all GPUs).
-        lr: peak of AdamW's learning rate, after `warmup`; then half a cosine down (2e-3).
-        weight_decay: AdamW's (0).
-        warmup: share of the steps in which the learning rate rises (0.03).
-        schedule: of alpha, see `alpha_at`.
-        ramp: share of the steps in which alpha rises.
-        alpha_end: its last value; below 1, clients would still need CLIP.
-        language_weight: of the language model's loss; 0 leaves feature distillation alone.
-        feature_weight: of the feature term, 1 - cosine.
-        max_answer_tokens: longer answers are cut.
-        order: batches of texts of similar ``"length"``, or ``"random"`` ones.
-        augment: crops and flips for the compact model; CLIP always sees the whole image.
-        precision: of the trained part; ``"bfloat16"`` is autocast.
-        gradient_checkpointing: store one tensor a layer of the LLM and recompute the rest: less memory, more time.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    epochs: Count = 8
-    batch_size: Count = 16
-    lr: Share = 2e-3
-    weight_decay: Weight = 0.05
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
-    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"
-    ramp: Share = 0.2
-    alpha_end: Share = 1.0
-    language_weight: Weight = 1.0
-    feature_weight: Weight = 0.0
-    max_answer_tokens: Count = 128
-    order: Literal["length", "random"] = "length"
-    augment: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    checkpoint_every: Count = 200
+    epochs: Count = 8  #: passes over the texts (1)
+    batch_size: Count = 16  #: texts a step, in each process (128 over all GPUs)
+    lr: Share = 2e-3  #: peak of AdamW's step size, after `warmup`; then half a cosine down (2e-3)
+    weight_decay: Weight = 0.05  #: AdamW's, of all weights, BatchNorm's scales as well (0)
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05  #: share of the steps in which the step size rises (0.03)
+    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"  #: of alpha, see `alpha_at`
+    ramp: Share = 0.2  #: share of the steps in which alpha rises
+    alpha_end: Share = 1.0  #: alpha's last value; below 1, clients would still need CLIP
+    language_weight: Weight = 1.0  #: of the language model's loss; 0 leaves feature distillation alone
+    feature_weight: Weight = 0.0  #: of the feature term, 1 - cosine
+    max_answer_tokens: Count = 128  #: longer answers are cut
+    order: Literal["length", "random"] = "length"  #: batches of texts of similar length, or random ones
+    augment: bool = True  #: crops and flips for the compact model; CLIP always sees the whole image
+    precision: Literal["float32", "bfloat16"] = "float32"  #: of the trained part; bfloat16: autocast
+    gradient_checkpointing: bool = False  #: keep one tensor a layer of the LLM, compute the rest again: less memory
+    checkpoint_every: Count = 200  #: steps between checkpoints
 
     @model_validator(mode="after")
     def _learns_something(self) -> PretrainSettings:

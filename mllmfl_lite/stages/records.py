@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ from mllmfl_lite.repro import ASSETS
 from mllmfl_lite.teachers.prompts import prompt_hash
 
 WEB_ANNOTATIONS = ASSETS / "web_annotations.jsonl.gz"
+UNUSABLE = (ValueError, TypeError, AttributeError, RecursionError)  # what a line may raise that is no record
 SYNC = 1.0  # seconds between two flushes to the disk; a killed process loses nothing even so
 
 
@@ -68,6 +70,16 @@ def _parse(line: bytes) -> Record:
     return record
 
 
+def _whole_lines(content: bytes) -> bytes:
+    """The lines of a file; what follows the last line break was cut off by a kill, unless it is a record."""
+    tail = content.rpartition(b"\n")[2]
+    try:
+        _parse(tail)
+    except UNUSABLE:
+        return content[: len(content) - len(tail)]
+    return content + b"\n"
+
+
 def read_records(path: str | Path) -> list[Record]:
     """Read the records of a JSON-lines file, or of one packed by gzip. A last line that a kill cut off is left out.
 
@@ -81,16 +93,19 @@ def read_records(path: str | Path) -> list[Record]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, or take it again from its source") from error
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last newline was cut off
+        raise ValueError(f"{path} cannot be read ({error}); remove it, or take it again from its source") from error
+    for number, line in enumerate(_whole_lines(content).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = _parse(line)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is no record ({error}); correct or remove that line") from error
+        except UNUSABLE as error:
+            reason = f"{path}, line {number}, is no record ({str(error)[:200]})"
+            raise ValueError(f"{reason}; correct that line, or remove it and it is asked again") from error
         if record.key in records:
-            raise ValueError(f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}")
+            raise ValueError(
+                f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}; remove one"
+            )
         records[record.key] = record
     return list(records.values())
 
@@ -111,17 +126,21 @@ class Journal:
 
     def __init__(self, path: Path, model: str, prompts: dict[str, str]):
         self.path = path
-        self.done: set[tuple[str, str]] = set()
-        if path.exists():
-            records = read_records(path)
-            for record in records:
-                self._same_task(record, model, prompts)
-            self.done = {record.key for record in records}
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file; choose another name")
+        records = read_records(path) if path.exists() else []
+        for record in records:
+            self._require_same_task(record, model, prompts)
+        self.done = {record.key for record in records}
+        self.models = list(dict.fromkeys(record.model for record in records))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
-        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        content = path.read_bytes()
+        if (whole := _whole_lines(content)) != content:
+            self._file.truncate(min(len(whole), len(content)))
+            self._file.write(whole[len(content) :])
         self._synced = time.monotonic()
 
-    def _same_task(self, record: Record, model: str, prompts: dict[str, str]) -> None:
+    def _require_same_task(self, record: Record, model: str, prompts: dict[str, str]) -> None:
         if record.model != model and not record.model.endswith(f"(asked as {model})"):
             raise ValueError(f"{self.path} holds records of {record.model!r}, now {model!r} is asked; use another file")
         if record.kind in prompts and record.prompt != prompt_hash(prompts[record.kind]):
@@ -134,18 +153,19 @@ class Journal:
         """Write one record."""
         end, line = self._file.seek(0, os.SEEK_END), record.line()
         try:
-            if self._file.write(line) != len(line):
-                raise OSError("No space left on device")
-            if time.monotonic() - self._synced > SYNC:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+            self._write(line)
         except OSError as error:
-            self._file.truncate(end)
-            raise ValueError(
-                f"{self.path} cannot be written ({error.strerror or error}); make room and run the same command again: "
-                f"{len(self.done)} records are kept and it resumes from there"
-            ) from error
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise ValueError(f"{self.path} cannot be written ({error.strerror or error}); make room") from error
         self.done.add(record.key)
+
+    def _write(self, line: bytes) -> None:
+        if self._file.write(line) != len(line):
+            raise OSError("No space left on device")
+        if time.monotonic() - self._synced > SYNC:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def __enter__(self) -> Journal:
         return self

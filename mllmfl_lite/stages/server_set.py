@@ -15,19 +15,12 @@ from mllmfl_lite.data.images import UNLABELLED, ImageSet
 
 @dataclass(frozen=True)
 class ServerSet:
-    """The balanced set.
+    """The balanced set."""
 
-    Attributes:
-        images: the chosen images; their labels are the teacher's first choice.
-        probabilities: the teacher's distribution q for each, float32 (n, C).
-        rows: their indices in the pool, int64 (n,).
-        short: for each class with too few images, how many there are.
-    """
-
-    images: ImageSet
-    probabilities: Tensor
-    rows: np.ndarray
-    short: dict[str, int] = field(default_factory=dict)
+    images: ImageSet  #: the chosen images; their labels are the teacher's first choice
+    probabilities: Tensor  #: the teacher's distribution q for each, float32 (n, C)
+    rows: np.ndarray  #: their indices in the pool, int64 (n,)
+    short: dict[str, int] = field(default_factory=dict)  #: how many images there are, for each class with too few
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,29 +29,22 @@ class ServerSet:
 def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str], per_class: int) -> ServerSet:
     """Take the teacher's `per_class` most confident images of each class; the pool's own labels are not used.
 
-    An image stands for one class, the teacher's first choice. That the set is drawn so is our reading of the paper.
-
-    Args:
-        pool: open images on the server.
-        probabilities: the teacher's distribution over `names` for each, float (N, C).
-        names: the clients' class names.
-        per_class: images a class, n.
+    An image stands for one class, the teacher's first choice; for none if classes share the first place. That the set
+    is drawn so is our reading of the paper. `probabilities` (N, C) are the teacher's over the clients' class names.
 
     Raises:
-        ValueError: shapes that do not fit, rows that are no distributions, or n below 1.
+        ValueError: shapes that do not fit, rows that are no distributions, or no image that stands for a class.
     """
-    if probabilities.shape != (len(pool), len(names)) or not len(pool):
-        raise ValueError(
-            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
-            f"they are {tuple(probabilities.shape)}"
-        )
-    sums = probabilities.sum(1)
-    if not (torch.isfinite(probabilities).all() and (probabilities >= 0).all() and (sums - 1).abs().max() < 1e-3):
-        raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1; got {per_class}")
+    _check(pool, probabilities, names, per_class)
     confidence, label = (values.numpy() for values in probabilities.max(1))
+    undecided = (probabilities == probabilities.amax(1, keepdim=True)).sum(1).numpy() > 1
+    if undecided.all():
+        raise ValueError(
+            f"the teacher prefers no class for any of the {len(pool)} images; choose another teacher, or a pool with "
+            f"images of {', '.join(names):.200}"
+        )
     order = np.argsort(-confidence, kind="stable")
+    order = order[~undecided[order]]
     by_class = [order[label[order] == c][:per_class] for c in range(len(names))]
     short = {name: len(rows) for name, rows in zip(names, by_class, strict=True) if len(rows) < per_class}
     if short:
@@ -71,6 +57,18 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
     rows = np.sort(np.concatenate(by_class))
     images = ImageSet(pool.images[rows], label[rows].astype(np.int64), tuple(names), f"{pool.origin}, chosen")
     return ServerSet(images, probabilities[torch.from_numpy(rows)], rows, short)
+
+
+def _check(pool: ImageSet, probabilities: Tensor, names: Sequence[str], per_class: int) -> None:
+    if probabilities.shape != (len(pool), len(names)) or not len(pool):
+        raise ValueError(
+            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
+            f"they are {tuple(probabilities.shape)}"
+        )
+    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-3).all()):  # NaN is neither
+        raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1; got {per_class}")
 
 
 def describe(server_set: ServerSet, pool: ImageSet) -> dict:

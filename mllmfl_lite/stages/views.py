@@ -1,4 +1,4 @@
-"""What the compact model and the frozen tower are shown of each image in stage 1."""
+"""What the compact model and the frozen vision tower are shown of each image in stage 1."""
 
 from __future__ import annotations
 
@@ -17,27 +17,22 @@ from mllmfl_lite.teachers.llava import MllmTeacher
 class Views:
     """Views of a pool's images, in memory or in files.
 
-    Tokens of images in files are not stored: LLaVA-1.5's tokens of 595,000 images are 700 GB.
-
-    Args:
-        pool: the images.
-        mllm: its vision tower makes the tokens.
-        folder: cache of the tokens; "" computes them each time.
-        device: where the compact model trains.
+    `folder` caches the tokens of the MLLM's vision tower; "" computes them each time. Those of images in files are not
+    stored: LLaVA-1.5's tokens of 595,000 images are 700 GB. `device`: where the compact model trains.
     """
 
     def __init__(self, pool: ImageSet, mllm: MllmTeacher, folder: str | Path = "", device: torch.device | str = "cpu"):
-        self.pool, self.mllm, self.identity = pool, mllm, pool.checksum()
+        self.pool, self.mllm, self.device = pool, mllm, torch.device(device)
         self._batches = open_batches(pool, device)
-        keep = folder and not isinstance(pool.images, ImageFiles)
-        self._stored = StoredAnswers(mllm, "tokens", pool, folder) if keep else None
+        stored = folder and not isinstance(pool.images, ImageFiles)
+        self._stored = StoredAnswers(mllm, "tokens", pool, folder) if stored else None
 
     def __len__(self) -> int:
         return len(self.pool)
 
     def compact(self, indices: np.ndarray, generator: torch.Generator | None) -> Tensor:
-        """For the compact model: float (B, 3, H, W), normalised; augmented if there is a generator."""
-        rows = torch.from_numpy(indices).to(self._batches.labels.device)
+        """For the compact model: float (B, 3, H, W), normalised; cropped and flipped if there is a generator."""
+        rows = torch.from_numpy(indices).to(self.device)
         return self._batches.augmented(rows, generator) if generator else self._batches.plain(rows)
 
     def tokens(self, indices: np.ndarray) -> Tensor:

@@ -1,0 +1,88 @@
+"""What comes from a model or a server, made fit to keep and to show: no secrets, no thinking, no control characters."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import string
+from urllib.parse import quote, unquote
+
+PIECE = 8  # characters
+_THOUGHT = re.compile(  # <think>, </think>, [THINK], ◁think▷ and their likes
+    r"<(/?)(?:think|thinking|thought|thoughts|reasoning|reason|reflection|seed:think)>|\[(/?)think\]|◁(/?)think▷", re.I
+)
+_WRAP = re.compile(r"</?(?:answer|response|output)>|<\|(?:begin|end)_of_(?:box|solution)\|>", re.I)
+_CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+_LOWER = {ord(c): c.lower() for c in string.ascii_uppercase}  # as many characters as before
+_LOGIN = re.compile(r"(?<=://)[^\s/?#]{1,1000}@")
+_QUERY = re.compile(r"([?&][^=&?\s]{0,40}(?:key|token|secret|sig|password)[^=&?\s]{0,40}=)[^&\s]+", re.I)
+
+
+def clean(text: str) -> str:
+    """The text with other control characters than line breaks and tabs as blanks, and half characters as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """The text without markup, control characters and line breaks: fit for a message."""
+    return " ".join(re.sub(r"<[^<>]*>", " ", clean(text)).split())
+
+
+def without_thinking(text: str) -> str:
+    """The text without what a model thinks before it answers; thoughts may lack their beginning or their end."""
+    kept: list[str] = []
+    start, thinks = 0, False
+    for tag in _THOUGHT.finditer(text):
+        if any(tag.groups()):  # an end; without a beginning, all before it was a thought
+            kept = kept if thinks else []
+            start, thinks = tag.end(), False
+        elif not thinks:
+            kept.append(text[start : tag.start()])
+            thinks = True
+    if not thinks:
+        kept.append(text[start:])
+    return _WRAP.sub("", "".join(kept)).strip()
+
+
+class Mask:
+    """Replaces secrets by ``***``: a key, what logs in at an address, and keys in any address's query.
+
+    Secrets are found in other spellings (percent-encoded, base64, ...) and in pieces of eight characters, since servers
+    shorten what they repeat. A shorter one is found where it stands alone, unless it is a word, such as "EMPTY".
+
+    Args:
+        key: the API key; empty if there is none.
+        url: an address that may hold ``user:password@``.
+    """
+
+    def __init__(self, key: str, url: str = ""):
+        login = url.partition("://")[2].rpartition("@")[0]
+        secrets = {key, login, unquote(login), login.partition(":")[2], unquote(login.partition(":")[2])}
+        secrets = {secret for secret in secrets if len(secret) >= PIECE or not (secret.isalpha() or secret == "")}
+        forms = {form for secret in secrets for form in _spellings(secret)}
+        alone = [rf"(?<![a-z0-9]){re.escape(f)}(?![a-z0-9])" for f in forms if len(f) < PIECE or f.isalpha()]
+        whole = [re.escape(form) for form in sorted(forms, key=len, reverse=True) if len(form) >= PIECE]
+        self._whole = re.compile("|".join(whole + alone) or "(?!)", re.I)
+        pieces = {form[i : i + PIECE].lower() for form in forms for i in range(len(form) - PIECE + 1)}
+        self._pieces = {piece for piece in pieces if not piece.isalpha()}  # letters alone may be any word
+
+    def __call__(self, text: str) -> str:
+        """The text without secrets."""
+        text = _QUERY.sub(r"\1***", _LOGIN.sub("***@", self._whole.sub("***", text)))
+        if not self._pieces:
+            return text
+        lower, kept, end = text.translate(_LOWER), [], 0
+        for i in range(len(text) - PIECE + 1):
+            if lower[i : i + PIECE] in self._pieces:
+                if i >= end:
+                    kept += [text[end:i], "***"]
+                end = i + PIECE
+        return "".join([*kept, text[end:]])
+
+
+def _spellings(secret: str) -> set[str]:
+    code = secret.encode()
+    coded = {quote(secret), quote(secret, safe=""), html.escape(secret), json.dumps(secret)[1:-1], code.hex()}
+    return {secret, base64.b64encode(code).decode().rstrip("="), *coded}
