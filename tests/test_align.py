@@ -1,5 +1,6 @@
 """Alignment against closed forms, and stage 3 of whole experiments."""
 
+import copy
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, softmax
 
 from mllmfl_lite.data import load_images, partition
+from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.metrics import evaluate_model
 from mllmfl_lite.federated import AlignEachRound, Federation, FedResult, FedSettings, run_federated
@@ -201,6 +203,23 @@ def test_alignment_is_repeatable_and_leaves_the_given_model_alone(model, chosen)
     one, two = (align(model, chosen, QUICK).model.state_dict() for _ in range(2))
     other = align(model, chosen, QUICK, seed=1).model.state_dict()
     assert equal(before, model.state_dict()) and equal(one, two) and not equal(one, other)
+
+
+def test_two_epochs_in_plain_words(model, chosen):
+    settings = AlignSettings(epochs=2, batch_size=5, lr=0.05, momentum=0.5, beta=2.0)
+    mine, batches, draws = copy.deepcopy(model).train(), Batches(chosen.images), torch_generator(3, "alignment")
+    speed = {name: torch.zeros_like(p) for name, p in mine.named_parameters()}
+    for lr in (0.05, 0.025):
+        parts = torch.randperm(12, generator=draws).split(5)
+        for part, x in zip(parts, list(batches.stream(parts, draws)), strict=True):
+            loss = alignment_loss(mine(x), batches.labels[part], chosen.probabilities[part], 2.0, 2.0)
+            gradients = torch.autograd.grad(loss, list(mine.parameters()))
+            with torch.no_grad():
+                for (name, p), gradient in zip(mine.named_parameters(), gradients, strict=True):
+                    speed[name].mul_(0.5).add_(gradient)
+                    p.sub_(lr * speed[name])
+    found = align(model, chosen, settings, 3).model
+    torch.testing.assert_close(dict(found.state_dict()), dict(mine.state_dict()), rtol=1e-3, atol=1e-4)
 
 
 def test_the_head_alone(model, chosen):

@@ -35,6 +35,7 @@ from mllmfl_lite.federated import (
 from mllmfl_lite.federated import run_federated as run_on
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import Execution, torch_generator
+from mllmfl_lite.runs import Experiment, run_experiment
 
 QUICK = FedSettings(rounds=3, clients_per_round=2, local_epochs=2, batch_size=8, lr=0.05)
 
@@ -286,6 +287,25 @@ def test_the_summary_averages_the_last_rounds():
     assert summary["top1"] == pytest.approx(0.3) and summary["per_class"] == [pytest.approx(0.3), None]
     assert summary["groups"] == {"head": pytest.approx(0.6), "few": None}
     assert summary["best_top1"] == 0.9 and summary["rounds_averaged"] == 2
+
+
+def test_a_run_reports_the_window_of_its_last_rounds(tmp_path):
+    settings = replace(QUICK, rounds=4, report_rounds=2, local_epochs=1)
+    experiment = Experiment("cifar10_mini", num_clients=4, width=2, federated=settings)
+    result = run_experiment(experiment, tmp_path, "cpu")
+    accuracies = [record["metrics"]["top1"] for record in result["history"]]
+    assert result["summary"]["top1"] == pytest.approx(np.mean(accuracies[2:])) and len(accuracies) == 4
+    assert result["summary"]["rounds_averaged"] == 2 and result["summary"]["best_top1"] == max(accuracies)
+
+
+def test_a_run_without_one_answer_writes_nothing(tmp_path):
+    """Started again with clients, it trains."""
+    settings = replace(QUICK, rounds=1, report_rounds=1, local_epochs=1)
+    experiment = Experiment("cifar10_mini", num_clients=4, width=2, federated=settings)
+    with pytest.raises(ValueError, match=r"no client sent a sound result in round 1: .*gone"):
+        run_experiment(experiment, tmp_path, "cpu", ask=lambda s, r, n, chosen: ({}, dict.fromkeys(chosen, "gone")))
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.rglob("run.json"))
+    assert run_experiment(experiment, tmp_path, "cpu")["history"][0]["clients"]
 
 
 # ------------------------------------------------------------------------------------------------ bad input

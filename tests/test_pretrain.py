@@ -22,10 +22,18 @@ from mllmfl_lite.data import load_images
 from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import build_model
-from mllmfl_lite.repro import Execution
+from mllmfl_lite.repro import Execution, torch_generator
 from mllmfl_lite.stages import pretrain as module
 from mllmfl_lite.stages.filters import filter_records
-from mllmfl_lite.stages.mixture import SCHEDULES, CompactEncoder, FrozenReader, TextBatch, alpha_at, mixed_loss
+from mllmfl_lite.stages.mixture import (
+    SCHEDULES,
+    CompactEncoder,
+    FrozenReader,
+    TextBatch,
+    alpha_at,
+    mixed_loss,
+    new_encoder,
+)
 from mllmfl_lite.stages.pretrain import pretrain as run_pretraining
 from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 from mllmfl_lite.stages.records import bundled_annotations, read_records
@@ -317,6 +325,36 @@ def test_the_projection_starts_where_the_mllms_own_puts_its_tokens(web, mllm):
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
+def test_two_epochs_in_plain_words(texts, web, mllm):
+    views, reader, seed = Views(web, mllm), FrozenReader(mllm), 5
+    settings = small(weight_decay=0.5, lr=0.01, feature_weight=0.5)
+    encoder = new_encoder(compact(), mllm, views, texts, seed).train()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.5)
+    losses = []
+    for epoch in range(2):
+        for rows in texts.batches(4, seed, epoch):
+            step, images = len(losses), texts.image[rows]
+            x = views.compact(images, torch_generator(seed, "views", step, 0, 0))
+            batch = TextBatch(x, views.tokens(images), *texts.tokens(rows, 128))
+            loss, _ = mixed_loss(encoder, reader, settings.alpha(step, 18), batch, 1.0, 0.5)
+            optimizer.param_groups[0]["lr"] = settings.rate(step, 18)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    done = pretrain(compact(), mllm, views, texts, settings, seed)
+    np.testing.assert_allclose([record["loss"] for record in done.history], losses, rtol=1e-3)
+    torch.testing.assert_close(done.projection, dict(encoder.projection.state_dict()), rtol=1e-2, atol=1e-3)
+
+
+def test_the_projection_depends_on_its_seed_alone(texts, web, mllm):
+    views, before = Views(web, mllm), torch.get_rng_state()
+    one, two, other = (new_encoder(compact(), mllm, views, texts, seed).projection.state_dict() for seed in (0, 0, 1))
+    assert same(one, two) and not same(one, other) and torch.equal(before, torch.get_rng_state())
+
+
 def test_it_learns_and_changes_nothing_it_was_given(texts, web, mllm):
     model, before = compact(), mllm.identity
     given = copy.deepcopy(model.state_dict())
@@ -328,6 +366,7 @@ def test_it_learns_and_changes_nothing_it_was_given(texts, web, mllm):
     fresh.__dict__.pop("identity", None)
     assert fresh.identity == before and not any(p.requires_grad for p in mllm.model.parameters())
     assert [record["alpha"] for record in done.history] == [1.0] * len(done.history)
+    assert not done.model.training and all(p.requires_grad for p in done.model.parameters())
 
 
 def end(run):
@@ -358,6 +397,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(texts, web, mllm, tmp_path, 
     monkeypatch.setattr(module._Run, "_step", None)  # a finished run is read back: no further step
     again = pretrain(compact(), mllm, views, texts, settings, folder=tmp_path / "run")
     assert same(end(whole), end(again)) and again.history == whole.history
+    assert again.seconds == pytest.approx(resumed.seconds, abs=1e-3)
 
 
 def test_a_damaged_checkpoint_is_named(texts, web, mllm, tmp_path):
@@ -413,6 +453,16 @@ def test_another_runs_folder_is_refused(texts, web, mllm, tmp_path):
         pretrain(compact(), mllm, views, texts, small(epochs=1, schedule="cosine"), folder=tmp_path)
     with pytest.raises(CheckpointError, match=r"texts: there"):
         pretrain(compact(), mllm, views, texts.shuffled(0), small(epochs=1), folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"seed: there 0, now 1"):
+        pretrain(compact(), mllm, views, texts, small(epochs=1), 1, folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"initial_weights: there"):
+        pretrain(build_model("resnet8", 10, 4, seed=1), mllm, views, texts, small(epochs=1), folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"images: there"):
+        pretrain(compact(), mllm, Views(web.subset(np.r_[1, :COUNT]), mllm), texts, small(epochs=1), folder=tmp_path)
+    other = copy.copy(mllm)
+    other.__dict__["identity"] = "llava-other"
+    with pytest.raises(CheckpointError, match=r"mllm: there .* now 'llava-other'"):
+        pretrain(compact(), other, views, texts, small(epochs=1), folder=tmp_path)
 
 
 def test_a_loss_that_is_not_a_number_stops_it_and_names_the_batch(texts, web, mllm, tmp_path):

@@ -56,24 +56,26 @@ def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
     return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
 
 
-def refused(
+def accept(
     results: dict[int, ClientResult], steps: dict[int, int], state: State, check_upload: Callable[[State, State], None]
-) -> dict[int, str]:
-    """Clients whose result cannot be used, with the reason.
+) -> tuple[dict[int, ClientResult], dict[int, str]]:
+    """Sound results by rising client number, on the server's device; for all others the reason.
 
     `steps` has the local steps of each client that was asked, `state` the weights that the round started from.
     """
-    reasons = {}
-    for client, result in results.items():
+    sound, reasons = {}, {}
+    for client, result in sorted(results.items()):
         try:
             if client not in steps:
                 raise ValueError("it was not asked in this round")
-            _check(result, state)
-            check_upload(result.extra, state)
+            moved = result.to(next(iter(state.values())).device)
+            _check(moved, state)
+            check_upload(moved.extra, state)
+            sound[client] = moved
         except Exception as error:  # nothing that a client sends may end the run
             reasons[client] = str(error) if isinstance(error, ValueError) else repr(error)
-    sound = {client: result.state for client, result in results.items() if client not in reasons}
-    return reasons | outliers(sound, steps, state)
+    reasons |= outliers({client: result.state for client, result in sound.items()}, steps, state)
+    return {client: result for client, result in sound.items() if client not in reasons}, reasons
 
 
 def _check(sent: ClientResult, state: State) -> None:

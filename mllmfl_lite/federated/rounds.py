@@ -17,7 +17,7 @@ from mllmfl_lite.checkpoint import CheckpointError, RunFolder
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion, predict
-from mllmfl_lite.federated.aggregate import ClientResult, State, refused
+from mllmfl_lite.federated.aggregate import ClientResult, State, accept
 from mllmfl_lite.federated.clients import Task, Workers, client_step
 from mllmfl_lite.federated.federation import Federation, check_run, choose_clients, identity_of
 from mllmfl_lite.federated.methods import FedAvg, FedSettings
@@ -130,7 +130,7 @@ class _Rounds:
         started = time.perf_counter()
         chosen = choose_clients(len(self.split), self.settings, round_, self.seed)
         answers = ask(state, self.method.broadcast(server_state), round_, chosen)
-        results, left_out = self._accept(*answers, chosen, state, round_)
+        results, left_out = self._accept(answers, chosen, state, round_)
         self.bar.update(round_ * len(chosen) - self.bar.n)  # threads were counted one by one
         if not results:
             raise ValueError(
@@ -149,18 +149,17 @@ class _Rounds:
         }
         return state, server_state, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _accept(
-        self, results: dict[int, ClientResult], left_out: dict[int, str], chosen: list[int], state: State, round_: int
-    ) -> Results:
-        """Sound results by rising client number, on the server's device; the reasons for all others."""
+    def _accept(self, answers: Results, chosen: list[int], state: State, round_: int) -> Results:
+        """Sound results; the reasons for all other clients."""
         epochs, batch = self.settings.local_epochs, self.settings.batch_size
         steps = {client: epochs * math.ceil(len(self.split[client]) / batch) for client in chosen}
-        results = {client: result.to(self.device) for client, result in sorted(results.items())}
-        reasons = {client: "it did not answer" for client in chosen if client not in results} | left_out
-        reasons |= refused(results, steps, state, self.method.check_upload)
+        sent, left_out = answers
+        sound, reasons = accept(sent, steps, state, self.method.check_upload)
+        silent = {client: "it did not answer" for client in chosen if client not in sent}
+        reasons = {**silent, **reasons, **left_out}
         for client, reason in reasons.items():
             log.warning("round %d: client %d is left out: %s", round_, client, reason)
-        return {client: result for client, result in results.items() if client not in reasons}, reasons
+        return {client: result for client, result in sound.items() if client not in left_out}, reasons
 
     def _ask_threads(self, state: State, received: State, round_: int, chosen: list[int]) -> Results:
         def train(model: CompactModel, client: int) -> ClientResult:
