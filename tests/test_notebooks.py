@@ -12,14 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.name: nbformat.read(path, as_version=4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-PROSE = {path.name: path.read_text() for path in [*sorted((ROOT / "book").glob("*.md")), ROOT / "README.md"]}
+PROSE = {
+    path.name: path.read_text(encoding="utf-8") for path in [*sorted((ROOT / "book").glob("*.md")), ROOT / "README.md"]
+}
 LITERALS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
 every_chapter = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
 def code_cells(name):
-    return [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"]
+    return code_of(NOTEBOOKS[name])
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def prose(name):
@@ -27,8 +33,12 @@ def prose(name):
 
 
 def parameters(name):
-    """name -> (type as written, value) of a chapter's parameters cell."""
-    (cell,) = [c for c in code_cells(name) if "parameters" in c.metadata.get("tags", [])]
+    return parameters_of(NOTEBOOKS[name])
+
+
+def parameters_of(notebook):
+    """name -> (type as written, value) of a notebook's parameters cell."""
+    (cell,) = [c for c in code_of(notebook) if "parameters" in c.metadata.get("tags", [])]
     return {
         statement.target.id: (ast.unparse(statement.annotation), ast.literal_eval(statement.value))
         for statement in ast.parse(cell.source).body
@@ -42,6 +52,26 @@ def test_the_parameters_are_typed_literals_each_with_a_comment(name):
     assert all(isinstance(value, LITERALS[kind]) for kind, value in found.values())
     assert "parameters" in code_cells(name)[0].metadata.get("tags", []), "the parameters come first"
     assert all("  # " in line for line in code_cells(name)[0].source.splitlines())
+
+
+@every_chapter
+def test_the_parameters_are_checked_before_they_are_used(name):
+    """Numbers and lists all of them; of words, those that a chapter chooses from."""
+    checked, cells = set(), code_cells(name)
+    for number, cell in enumerate(cells):
+        calls = [c for c in ast.walk(ast.parse(cell.source)) if isinstance(c, ast.Call)]
+        found = {k.arg for c in calls if ast.unparse(c.func) == "check_parameters" for k in c.keywords}
+        assert not found or number <= 3, "at the top"
+        checked |= found
+    every = parameters(name)
+    assert {key for key, (kind, _) in every.items() if kind in ("int", "float", "list")} <= checked <= set(every)
+
+
+@every_chapter
+def test_one_torch_thread(name):
+    """Work above torch is spread over workers; several threads of torch's own wait for a busy neighbour."""
+    source = "\n".join(cell.source for cell in code_cells(name))
+    assert set(re.findall(r"set_num_threads\((.*?)\)", source)) <= {"1"}
 
 
 @every_chapter
@@ -105,16 +135,16 @@ def test_the_voice_of_a_chapter(name):
 def papermill_commands():
     texts = {**PROSE, **{name: prose(name) for name in NOTEBOOKS}}
     for where, text in texts.items():
-        for command in re.findall(r"^\s*\S*papermill notebooks/(?:.*\\\n)*.*", text, re.M):
+        for command in re.findall(r"papermill notebooks/(?:[^`]*?\\\n)*[^`\n]*", text):
             yield where, shlex.split(command.replace("\\\n", " "))
 
 
 @pytest.mark.parametrize(("where", "words"), list(papermill_commands()), ids=str)
 def test_papermill_commands_in_the_text_name_real_parameters(where, words):
-    notebook = Path(words[1]).name
+    known = parameters_of(nbformat.read(ROOT / words[1], as_version=4))
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
     for key, value in given.items():
-        kind, _ = parameters(notebook)[key]
+        kind, _ = known[key]
         {"int": int, "float": float, "str": str, "bool": bool}[kind](value)
     assert given
 
@@ -124,7 +154,7 @@ def test_there_are_such_commands():
 
 
 def test_the_table_of_contents_lists_every_page():
-    toc = (ROOT / "_toc.yml").read_text()
+    toc = (ROOT / "_toc.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"(?:file|root): (\S+)", toc))
     there = {f"book/{Path(n).stem}" for n in PROSE if n != "README.md"} | {
         f"notebooks/{Path(n).stem}" for n in NOTEBOOKS
@@ -133,20 +163,12 @@ def test_the_table_of_contents_lists_every_page():
 
 
 def test_the_api_page_lists_every_module():
-    modules = {path.stem for path in (ROOT / "mllmfl_lite").glob("*.py")} - {"__init__"}
-    assert set(re.findall(r"automodule:: mllmfl_lite\.(\w+)", PROSE["api.md"])) == modules
-
-
-def test_schematics_are_what_the_script_draws(tmp_path, monkeypatch):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("draw_figures", ROOT / "scripts" / "draw_figures.py")
-    drawing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(drawing)
-    monkeypatch.setattr(drawing, "FIGURES", tmp_path)
-    drawing.draw_all()
-    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert drawn == {path.name: path.read_text() for path in (ROOT / "book" / "figures").iterdir()}
+    package = ROOT / "mllmfl_lite"
+    modules = {path.relative_to(package).with_suffix("").as_posix().replace("/", ".") for path in package.rglob("*.py")}
+    rooms = {name for name in modules if name.endswith(".__init__")}
+    listed = re.findall(r"automodule:: mllmfl_lite\.([\w.]+)", PROSE["api.md"])
+    assert len(listed) == len(set(listed)) and modules - rooms - {"__init__"} <= set(listed)
+    assert set(listed) <= modules | {name.removesuffix(".__init__") for name in rooms}
 
 
 @pytest.mark.parametrize(("change", "says"), [(None, ""), ("output", "outputs differ"), ("source", "another version")])
@@ -161,7 +183,9 @@ def test_outputs_that_differ_from_the_executed_ones_are_found(tmp_path, change, 
             cell.outputs[0].text = "2\n"
         elif change == "source":
             cell.source = "print(2)"
-    (tmp_path / "notebooks" / "conftest.py").write_text((ROOT / "notebooks" / "conftest.py").read_text())
+    (tmp_path / "notebooks" / "conftest.py").write_text(
+        (ROOT / "notebooks" / "conftest.py").read_text(encoding="utf-8")
+    )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "notebooks"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (found.returncode != 0) == bool(change) and says in found.stdout, found.stdout
