@@ -348,6 +348,12 @@ def test_test_images_with_classes_in_another_order_are_refused(images, model, sp
         run_federated(model, images, split, test=other)
 
 
+def test_a_model_of_other_classes_is_refused(images, model, split):
+    model.names = images.names[::-1]
+    with pytest.raises(ValueError, match="made/train and the model must have the same class names in the same order"):
+        run_federated(model, images, split)
+
+
 def test_a_class_without_test_images_has_no_accuracy(images, model, split):
     run = run_federated(model, images, split, test=images.subset(np.flatnonzero(images.labels != 1)))
     summary = summarise(run.history, 2)
@@ -359,6 +365,8 @@ def test_a_last_batch_of_one_image_is_refused_before_the_rounds_if_the_model_can
     split, settings = [np.arange(17), np.arange(17, 60)], replace(QUICK, rounds=1)
     with pytest.raises(ValueError, match=r"client 0 has 17 images, .* single one.*change batch_size \(8"):
         run_federated(build_model("resnet50", 3), images, split, settings=settings)
+    with pytest.raises(ValueError, match=r"client 0 has 17 images, .* single one.*change batch_size \(1"):
+        run_federated(build_model("resnet50", 3), images, split, settings=replace(settings, batch_size=1))
     run_federated(model, images, split, settings=settings)
 
 

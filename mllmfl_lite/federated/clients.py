@@ -49,18 +49,11 @@ def train_client(
 ) -> float:
     """Train locally, in place: E epochs of plain SGD on one client's images, from the global weights.
 
-    Random draws depend on (seed, round, client, epoch) alone.
+    `model` is any of the right shape; `batches` has all training images, `indices` (n_k,) are the client's. Draws
+    depend on (seed, round, client, epoch) alone. Returns the mean loss over all images of all steps.
 
-    Args:
-        model: any model of the right shape; it is overwritten, then trained.
-        batches: all training images.
-        indices: the client's, int64 (n_k,).
-        method: supplies the loss.
-        settings: E, batch size, step size, precision.
-        task: the global weights; round, client and seed.
-
-    Returns:
-        The mean loss over all images of all steps. Loss or weights that are not finite raise `ClientDiverged`.
+    Raises:
+        ClientDiverged: the loss or a weight is not finite.
     """
     model.load_state_dict(task.state)
     model.train()
@@ -97,14 +90,13 @@ def client_step(
 class Workers:
     """Threads with one torch thread and one model each.
 
-    torch releases Python's lock inside its kernels, so clients train in parallel without processes. With one torch
-    thread a worker, results are bit-equal for any number of workers, and other load on the machine costs little. One
-    thread also avoids a crash of torch 2.15 on CPUs (backward pass of a strided 1x1 convolution, two threads).
+    torch releases Python's lock inside its kernels, so clients train in parallel. With one torch thread a worker,
+    results are bit-equal for any number of workers. It also avoids a crash of torch 2.15 on CPUs (backward pass of a
+    strided 1x1 convolution, two threads).
     """
 
     def __init__(self, model: CompactModel, count: int):
-        self._model = model
-        self._local = threading.local()
+        self._model, self._local = model, threading.local()
         self._pool = ThreadPoolExecutor(count, initializer=self._start)
 
     def _start(self) -> None:

@@ -41,11 +41,9 @@ class CLIP2FL(CReFF):
     def __post_init__(self) -> None:
         if self.clip_logits is None or self.text_features is None:
             raise ValueError("CLIP2FL needs CLIP's logits and text features; make it with CLIP2FL.for_clients(train)")
-        if self.clip_logits.shape[1] != len(self.text_features):
-            raise ValueError(
-                f"one column of clip_logits and one row of text_features a class; there are {self.clip_logits.shape[1]}"
-                f" columns and {len(self.text_features)} rows"
-            )
+        columns, rows = self.clip_logits.shape[1], len(self.text_features)
+        if columns != rows:
+            raise ValueError(f"clip_logits needs a column a class, text_features a row; there are {columns} and {rows}")
 
     @classmethod
     def for_clients(

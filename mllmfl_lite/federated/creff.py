@@ -20,14 +20,8 @@ HEAD = ("head.weight", "head.bias")
 def head_gradients(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The gradient of mean cross-entropy in a linear head, in closed form: ``(softmax(W f + b) - y) [f, 1]^T``.
 
-    Args:
-        features: (..., n, D); dimensions in front are separate groups.
-        labels: int64 (..., n).
-        weight: (C, D).
-        bias: (C,).
-
-    Returns:
-        (..., C, D + 1), the bias's gradient in the last column.
+    Features (..., n, D), labels (..., n), weight (C, D) and bias (C,) give (..., C, D + 1), the bias's in the last
+    column; dimensions in front are separate groups.
     """
     error = softmax(features @ weight.T + bias, -1) - one_hot(labels, len(weight))
     return error.transpose(-1, -2) @ _with_one(features) / features.shape[-2]

@@ -45,7 +45,8 @@ def check_run(model: CompactModel, federation: Federation, settings: FedSettings
             f"{train.origin} has {train.num_classes} classes, the model's head {model.head.out_features}; "
             "build the model with num_classes of the data"
         )
-    single = [k for k, indices in enumerate(split) if len(indices) % settings.batch_size == 1]
+    train.require_same_classes(model)
+    single = [k for k, indices in enumerate(split) if (len(indices) - 1) % settings.batch_size == 0]
     if settings.rounds and single and not _trains_on_one(model, train):
         raise ValueError(
             f"client {single[0]} has {len(split[single[0]])} images, so its last batch holds a single one, and "
