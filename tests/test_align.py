@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_images
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -155,6 +156,21 @@ def test_an_image_without_a_preferred_class_stands_for_none(images, answers):
         draw_server_set(images, PoolLabels(images).class_probabilities(images.images, NAMES), NAMES, 4)
 
 
+def test_answers_of_any_float_type_are_taken(images, answers, chosen):
+    for other in (answers.numpy(), answers.double(), answers.clone().requires_grad_()):
+        drawn = draw_server_set(images, other, list(NAMES), np.int64(4))
+        assert drawn.probabilities.dtype == torch.float32 and not drawn.probabilities.requires_grad
+        assert np.array_equal(drawn.rows, chosen.rows) and torch.equal(drawn.probabilities, chosen.probabilities)
+    with pytest.raises(ValueError, match="class names must be a sequence of strings"):
+        draw_server_set(images, answers, "rgb", 4)
+
+
+def test_of_equally_confident_images_the_first_are_taken():
+    images = make_images(300)
+    sure = torch.eye(3)[torch.from_numpy(images.labels)]
+    assert draw_server_set(images, sure, NAMES, 5).rows.tolist() == list(range(15))
+
+
 def test_a_pool_without_an_image_is_refused(images, answers):
     with pytest.raises(ValueError, match=r"\(0, 3\), with at least one image"):
         draw_server_set(images.subset(np.empty(0, int)), answers[:0], NAMES, 4)
@@ -166,6 +182,12 @@ def test_a_server_set_that_does_not_fit_the_model_is_refused(model, chosen):
         align(model, empty, QUICK)
     with pytest.raises(ValueError, match="has 3 classes, the model's head 5"):
         align(build_model("resnet8", 5, width=4), chosen, QUICK)
+    with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda'; got 'mps'"):
+        align(model, chosen, QUICK, device="mps")
+    lost = copy.deepcopy(model)
+    lost.head.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="the model to align has weights that are not finite"):
+        align(lost, chosen, QUICK)
     for probabilities in (chosen.probabilities[:-1], chosen.probabilities[:, :2]):
         with pytest.raises(ValueError, match=r"must be \(images, classes\) = \(12, 3\)"):
             align(model, replace(chosen, probabilities=probabilities), QUICK)

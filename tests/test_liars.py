@@ -149,6 +149,9 @@ NAMED = {
     "a loss that is no number": (FEDAVG, loss(float("nan")), "its loss is nan"),
     "an upload": (FEDAVG, upload(lambda sent: sent.update(w=torch.ones(1))), "FedAvg takes nothing beside the weights"),
     "gradients of 1e30": (CREFF, upload(lambda sent: sent["gradients"].fill_(1e30)), "impossibly large"),
+    "gradients that are no numbers": (
+        CREFF, upload(lambda sent: sent["gradients"].fill_(torch.nan)), "its upload has a number that is not finite",
+    ),
     "a class out of range": (CREFF, upload(lambda sent: sent["classes"].fill_(3)), "classes must be whole numbers"),
     "gradients of another kind": (CREFF, upload(lambda sent: sent.update(classes=3)), "AttributeError"),
 }  # fmt: skip

@@ -503,6 +503,8 @@ def test_what_does_not_fit_together_is_said_before_the_start(texts, web, mllm):
         pretrain(compact(), mllm, views, texts, small(batch_size=64))
     with pytest.raises(ValueError, match="about image 11, but there are only 5 images"):
         pretrain(compact(), mllm, Views(web.subset(np.arange(5)), mllm), texts, small())
+    with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda'; got 'mps'"):
+        Views(web, mllm, device="mps")
     elsewhere = Views(web, mllm)
     elsewhere.device = torch.device("cuda")
     with pytest.raises(ValueError, match="the views are on cuda; give all three the same device"):
@@ -623,7 +625,16 @@ def test_pictures_of_any_size_from_a_folder(tmp_path, mllm):
     texts = read_texts([replace(r, id=f"{i}.png") for i, r in enumerate(described)], views.pool.ids, mllm)
     done = pretrain(compact(), mllm, views, texts, small(batch_size=2))
     assert len(done.history) == 4 and all(math.isfinite(record["loss"]) for record in done.history)
-    whole = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"2\.png"):
+
+
+def test_images_that_cannot_be_opened_are_all_named_before_the_first_step(tmp_path, records, mllm):
+    for i in range(4):
+        Image.new("RGB", (40, 40), (i, 2 * i, 0)).save(tmp_path / f"{i}.jpg")
+    described = [record for record in records if record.kind == "detailed_description"][:4]
+    views = Views(folder_images(tmp_path, 32), mllm)
+    texts = read_texts([replace(r, id=f"{i}.jpg") for i, r in enumerate(described)], views.pool.ids, mllm)
+    for i in (1, 3):
+        path = tmp_path / f"{i}.jpg"
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"^2 images that texts are about cannot be used: 1\.jpg .*; 3\.jpg [^\n]*$"):
         pretrain(compact(), mllm, views, texts, small(batch_size=2))

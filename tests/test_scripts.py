@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import draw_figures
+import keep_outputs
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,3 +24,10 @@ def test_schematics_are_what_the_script_draws(tmp_path, monkeypatch):
     draw_figures.draw_all()
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
     assert drawn == {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "book" / "figures").iterdir()}
+
+
+def test_kept_outputs_do_not_depend_on_how_a_stream_was_cut():
+    parts = [
+        nbformat.v4.new_output("stream", name=name, text=text) for name, text in (("a", "1"), ("a", "2"), ("b", "3"))
+    ]
+    assert [(output.name, output.text) for output in keep_outputs.joined(parts)] == [("a", "12"), ("b", "3")]

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.models import CompactModel, distillation
-from mllmfl_lite.repro import all_finite, settings_class, torch_generator
+from mllmfl_lite.repro import all_finite, pick_device, settings_class, torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -73,7 +73,7 @@ def align(
     Raises:
         ValueError: the set is empty, its classes are not the model's, or loss or weights are no longer finite.
     """
-    settings = settings or AlignSettings()
+    settings, device = settings or AlignSettings(), pick_device(device)
     _check(model, server_set)
     model = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     batches, probabilities = open_batches(server_set.images, device), server_set.probabilities.to(device)
@@ -122,6 +122,8 @@ def _check(model: CompactModel, server_set: ServerSet) -> None:
         found = f"the server set has {images.num_classes} classes, the model's head {classes}"
         raise ValueError(f"{found}; draw the set for the clients' class names")
     images.require_same_classes(model)
+    if not all_finite(model.state_dict().values()):
+        raise ValueError("the model to align has weights that are not finite; train it again")
     if server_set.probabilities.shape != (len(images), classes):
         shape = tuple(server_set.probabilities.shape)
         raise ValueError(f"probabilities must be (images, classes) = ({len(images)}, {classes}); they are {shape}")

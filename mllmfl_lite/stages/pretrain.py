@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.data.folders import find_unreadable
+from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import (
     PRECISIONS,
@@ -81,8 +83,6 @@ class _Run:
         self._check(device)
         self.per_epoch = len(self._epoch(0))
         self.steps = settings.epochs * self.per_epoch
-        self.encoder = new_encoder(self.initial, self.mllm, self.views, self.texts, seed, device)
-        self.reader = FrozenReader(self.mllm, settings.gradient_checkpointing)
         self.history: list[dict] = []
         self.seconds = 0.0
 
@@ -100,6 +100,15 @@ class _Run:
             raise ValueError(f"{len(kind)} texts do not fill one batch of {self.batch}; lower batch_size")
         if few := int(counts[counts < self.batch].sum()):
             warnings.warn(f"{few} texts are never used: their kind does not fill a batch of {self.batch}", stacklevel=4)
+
+    def _open_files(self) -> None:
+        """Raise `ValueError` if images cannot be opened: now, not after hours. Each process opens its share."""
+        files, rank = self.views.pool.images, self.accelerator.process_index
+        if isinstance(files, ImageFiles):
+            used = np.unique(self.texts.image)[rank :: self.accelerator.num_processes]
+            if bad := find_unreadable(files[used]):
+                shown = "; ".join(list(bad.values())[:8])
+                raise ValueError(f"{len(bad)} images that texts are about cannot be used: {shown}. Mend or remove them")
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         return self.texts.batches(self.batch, self.seed, epoch, self.settings.order == "length")
@@ -121,6 +130,10 @@ class _Run:
 
     def go(self, found: tuple | None, folder: RunFolder | None) -> Pretrained:
         settings, batches = self.settings, []
+        if not found:
+            self._open_files()
+        self.encoder = new_encoder(self.initial, self.mllm, self.views, self.texts, self.seed, self.accelerator.device)
+        self.reader = FrozenReader(self.mllm, settings.gradient_checkpointing)
         weights = [p for p in self.encoder.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
         if found:

@@ -35,6 +35,7 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
     Raises:
         ValueError: shapes that do not fit, rows that are no distributions, or no image that stands for a class.
     """
+    probabilities = torch.as_tensor(probabilities).detach().float().cpu()
     _check(pool, probabilities, names, per_class)
     confidence, label = (values.numpy() for values in probabilities.max(1))
     undecided = (probabilities == probabilities.amax(1, keepdim=True)).sum(1).numpy() > 1
@@ -55,7 +56,7 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
             stacklevel=2,
         )
     rows = np.sort(np.concatenate(by_class))
-    images = ImageSet(pool.images[rows], label[rows].astype(np.int64), tuple(names), f"{pool.origin}, chosen")
+    images = ImageSet(pool.images[rows], label[rows].astype(np.int64), names, f"{pool.origin}, chosen")
     return ServerSet(images, probabilities[torch.from_numpy(rows)], rows, short)
 
 

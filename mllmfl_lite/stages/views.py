@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.images import ImageFiles, ImageSet
+from mllmfl_lite.repro import pick_device
 from mllmfl_lite.teachers.answers import StoredAnswers
 from mllmfl_lite.teachers.llava import MllmTeacher
 
@@ -22,8 +23,8 @@ class Views:
     """
 
     def __init__(self, pool: ImageSet, mllm: MllmTeacher, folder: str | Path = "", device: torch.device | str = "cpu"):
-        self.pool, self.mllm, self.device = pool, mllm, torch.device(device)
-        self._batches = open_batches(pool, device)
+        self.pool, self.mllm, self.device = pool, mllm, pick_device(device)
+        self._batches = open_batches(pool, self.device)
         stored = folder and not isinstance(pool.images, ImageFiles)
         self._stored = StoredAnswers(mllm, "tokens", pool, folder) if stored else None
 
