@@ -88,7 +88,7 @@ class ImageSet:
 
     @property
     def ids(self) -> list[str]:
-        """A name for each image: its path, or its number with as many digits as the longest."""
+        """A name for each image, its path or its number with as many digits as the longest."""
         if isinstance(self.images, ImageFiles):
             return self.images.paths.tolist()
         digits = len(str(max(0, len(self) - 1)))

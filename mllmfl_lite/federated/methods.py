@@ -38,7 +38,7 @@ class FedSettings:
     lr: Annotated[float, Field(gt=0)] = 0.1  #: step size of the clients' SGD
     eval_every: Count = 1  #: test every so many rounds; the last `report_rounds` are always tested
     report_rounds: Count = 10  #: a run reports the mean over so many last rounds
-    #: of clients' passes; bfloat16: autocast, weights stay float32; tf32: on a GPU, for the whole run
+    #: of clients' passes; bfloat16 is autocast, weights stay float32; tf32 is for GPUs and the whole run
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
 
     def evaluates(self, round_: int) -> bool:

@@ -38,7 +38,7 @@ class FedResult:
 
     state: State  #: the final global weights
     deployed: State  #: the weights that are tested and used; equal to `state` for most methods
-    history: list[dict]  #: a record a round: round, clients, left_out, train_loss, metrics (None: not tested), seconds
+    history: list[dict]  #: a record a round, with round, clients, left_out, train_loss, metrics or None, seconds
 
 
 def run_federated(

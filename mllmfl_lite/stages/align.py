@@ -26,15 +26,15 @@ class AlignSettings:
     """Numbers of an alignment. Defaults were chosen on held-out images."""
 
     per_class: Count = 100  #: images a class in the server set
-    beta: Annotated[float, Field(ge=0, le=1e6)] = 4.0  #: weight of the KL term; 0: cross-entropy alone
+    beta: Annotated[float, Field(ge=0, le=1e6)] = 4.0  #: weight of the KL term; 0 leaves cross-entropy alone
     temperature: Annotated[float, Field(ge=0.01, le=1000)] = 2.0  #: T, softens both distributions of the KL term
     epochs: Count = 20  #: passes over the set
     batch_size: Count = 32  #: images a step
     lr: Annotated[float, Field(gt=0, le=100)] = 0.02  #: SGD's peak step size, lowered along half a cosine
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  #: SGD's
     part: Literal["all", "head"] = "all"  #: which weights are trained
-    #: mllm: likelihood of each class name as the MLLM's answer; clip: zero-shot; imagenet: a classifier that never saw
-    #: CIFAR; labels: a control, the pool's own labels
+    #: "mllm" is the likelihood of each class name as the MLLM's answer; "clip" is zero-shot; "imagenet" is a classifier
+    #: that never saw CIFAR; "labels" is a control, the pool's own labels
     teacher: Literal["mllm", "clip", "imagenet", "labels"] = "mllm"
     when: Literal["end", "each round"] = "end"  #: after the last round, or in each one before the mean goes on
 

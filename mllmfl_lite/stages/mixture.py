@@ -136,7 +136,7 @@ class TextBatch(NamedTuple):
     """One batch of stage 1."""
 
     x: Tensor  #: the compact model's images (B, 3, H, W)
-    tokens: Tensor | None  #: CLIP's patch tokens (B, P, D); None where CLIP is not used: alpha 1, no feature term
+    tokens: Tensor | None  #: CLIP's patch tokens (B, P, D); None where CLIP is not used (alpha 1, no feature term)
     ids: Tensor  #: int64 (B, L)
     labels: Tensor  #: int64 (B, L), -100 where nothing is learned
 

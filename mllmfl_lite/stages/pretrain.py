@@ -38,7 +38,7 @@ class Pretrained:
 
     model: CompactModel  #: g, ready for the clients
     projection: dict[str, Tensor]  #: the state of P_s
-    history: list[dict]  #: one record a step: step, alpha, loss, its parts, gradient norm of g
+    history: list[dict]  #: one record a step, with step, alpha, loss, its parts, gradient norm of g
     seconds: float  #: spent in steps, over all restarts
 
 

@@ -33,8 +33,8 @@ class PretrainSettings:
     max_answer_tokens: Count = 128  #: longer answers are cut
     order: Literal["length", "random"] = "length"  #: batches of texts of similar length, or random ones
     augment: bool = True  #: crops and flips for the compact model; CLIP always sees the whole image
-    precision: Literal["float32", "bfloat16"] = "float32"  #: of the trained part; bfloat16: autocast
-    gradient_checkpointing: bool = False  #: keep one tensor a layer of the LLM, compute the rest again: less memory
+    precision: Literal["float32", "bfloat16"] = "float32"  #: of the trained part; bfloat16 means autocast
+    gradient_checkpointing: bool = False  #: keep one tensor a layer of the LLM, compute the rest again, for less memory
     checkpoint_every: Count = 200  #: steps between checkpoints
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
     "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 833, 871, 913, 914),
     "truck": (555, 569, 675, 864, 867),  # fire engine, garbage truck, moving van, tow truck, trailer truck
 }
-"""The ImageNet classes (0..999) that mean each class of CIFAR-10: kinds of the thing, not its parts or surroundings.
+"""The ImageNet classes (0..999) that mean each class of CIFAR-10, kinds of the thing, not its parts or surroundings.
 
 - deer: ImageNet has none; its three antelopes stand in, the hoofed animals nearest in shape and colour.
 - horse: the sorrel is ImageNet's only horse. A zebra is no horse, and its stripes are not in CIFAR-10.
