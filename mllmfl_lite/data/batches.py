@@ -38,14 +38,14 @@ class Batches:
         margin = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         padded = torch.from_numpy(np.pad(data.images, margin)).to(device)  # (N, H + 2p, W + 2p, 3)
         self._windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (N, 2p + 1, 2p + 1, 3, H, W)
-        self._normalise = _Normalise(CHANNEL_MEAN, CHANNEL_STD, device)
+        self.normalise = _Normalise(CHANNEL_MEAN, CHANNEL_STD, device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def plain(self, indices: Tensor) -> Tensor:
         """The images at `indices` (B,), normalised: float32 (B, 3, H, W), channels last in memory."""
-        return self._normalise(self._windows[indices, self.padding, self.padding])
+        return self.normalise(self._windows[indices, self.padding, self.padding])
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """As `plain`, each image with its own random crop and horizontal flip."""
@@ -63,10 +63,17 @@ class Batches:
         corners = torch.randint(2 * self.padding + 1, (2, length), generator=generator)
         return torch.cat([corners, torch.randint(2, (1, length), generator=generator)])
 
+    def cropped(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """As `augmented`, in pixels: uint8 (B, 3, H, W)."""
+        return self._pixels(indices, self._draw(len(indices), generator).to(indices.device))
+
     def _crop(self, indices: Tensor, drawn: Tensor) -> Tensor:
+        return self.normalise(self._pixels(indices, drawn))
+
+    def _pixels(self, indices: Tensor, drawn: Tensor) -> Tensor:
         top, left, flip = drawn
         crops = self._windows[indices, top, left]  # (B, 3, H, W)
-        return self._normalise(torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops))
+        return torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops)
 
 
 class FileBatches:
