@@ -241,8 +241,7 @@ def test_a_device_that_is_full_from_the_start(path):
     assert journal.done == set()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": {}}}', "[" * 100_000, "\0",
-                                     '{"a": {"b": {"reason": 1, "model": "m", "prompt": "p"}}}'])  # fmt: skip
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": {}}}', "[" * 100_000, "\0"])
 def test_a_damaged_list_of_rejected_pictures_is_named(images, path, content):
     path.with_suffix(".rejected.json").write_text(content)
     with pytest.raises(ValueError, match=r"rejected.json is damaged .*; remove it"):

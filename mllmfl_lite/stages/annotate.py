@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -28,19 +29,12 @@ LIMITS = {"server": 5, "request": 20, "tokens": 20}  # refusals of the same kind
 
 @dataclass
 class Summary:
-    """What a run did.
+    """What a run did."""
 
-    Attributes:
-        records: every record of the file, in the order of images and kinds.
-        written: how many of them this run added.
-        rejected: for each image that lacks a text, why.
-        seconds: how long this run took.
-    """
-
-    records: list[Record]
-    written: int
-    rejected: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
+    records: list[Record]  #: every record of the file, in the order of images and kinds
+    written: int  #: how many of them this run added
+    rejected: dict[str, str]  #: for each image that lacks a text, why
+    seconds: float  #: how long this run took
 
 
 def annotate(
@@ -52,19 +46,12 @@ def annotate(
     tell: Callable[[str], object] = lambda _: None,
     retry_rejected: bool = False,
 ) -> Summary:
-    """Ask `backend` about every image, in every kind, and write the answers to a JSON-lines file as they come.
+    """Ask `backend` about every image, in every kind, and append the answers to a JSON-lines file as they come.
 
     A run that was stopped resumes: what is in the file is not asked again. What concerns one image (it cannot be
-    opened, the server refuses it, its answer is empty) goes into ``....rejected.json`` beside the file, see `Rejected`.
-
-    Args:
-        pool: the images.
-        backend: who answers.
-        path: the .jsonl file.
-        kinds: which prompts to ask.
-        prompts: the text of each kind; the bundled ones by default.
-        tell: called with sentences about the run.
-        retry_rejected: ask again what was rejected.
+    opened, the server refuses it, its answer is empty) goes into ``....rejected.json`` beside the file and is asked
+    again only if `retry_rejected`. `prompts` are the texts by kind, the bundled ones by default. `tell` is called with
+    sentences about the run.
 
     Raises:
         ValueError: no such prompt; a file belongs to another run, is damaged, in use or cannot be written; or nothing
@@ -81,8 +68,8 @@ def annotate(
         raise ValueError(f"{path} is being written by another run; wait for it, or choose another file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose a place that can be") from error
-    order = {key: i for i, key in enumerate((i, kind) for i in pool.ids for kind in asked)}
-    records = sorted((r for r in read_records(path) if r.key in order), key=lambda record: order[record.key])
+    found = {record.key: record for record in read_records(path)}
+    records = [found[key] for key in itertools.product(pool.ids, asked) if key in found]
     return Summary(records, run.written, rejected.reasons(pool.ids, asked), time.monotonic() - started)
 
 
@@ -98,11 +85,10 @@ class _Run:
         self.pool, self.journal, self.rejected, self.prompts, self.tell = pool, journal, rejected, prompts, tell
         self.backend, self.place = rejected.backend, {name: i for i, name in enumerate(pool.ids)}
         questions = (Question(name, kind, prompts[kind]) for kind in prompts for name in self.place)
-        found = {q: rejected.find(q) for q in questions if (q.id, q.kind) not in journal.done}
+        found = {question: rejected.find(question) for question in questions if question.key not in journal.done}
         self.wanted = {q: bool(entry) for q, entry in found.items() if not entry or entry.last}  # True: asked last
         self.skipped = len(found) - len(self.wanted)
         self.started, self.written, self.characters = time.monotonic(), 0, 0
-        self.faults: set[str] = set()
         self.streak: list[Question] = []  # those that fail now, all in the same way
         self.way = self.reason = self.stopped = ""
 
@@ -122,22 +108,22 @@ class _Run:
                 self.rejected.save()
             if not isinstance(error, (ValueError, OSError)):
                 raise
-            done = f"{self.written:,} of {len(self.wanted):,} texts were written in this run"
             raise ValueError(
-                f"{error}. {done}, {len(self.journal.done):,} are kept; the same command resumes"
+                f"{error}. {self.written:,} of {len(self.wanted):,} texts were written in this run, "
+                f"{len(self.journal.done):,} are kept; the same command resumes"
             ) from error
 
     def _ask(self) -> None:
         saved, answers = time.monotonic(), self.backend.answers(self._batches(), self._open)
         with progress_bar(len(self.wanted), "texts", "annotating") as bar, contextlib.closing(answers):
             for question, answer in answers:
-                if question in self.wanted and (question.id, question.kind) not in self.journal.done:
+                if question in self.wanted and question.key not in self.journal.done:
                     (self._keep if answer.text else self._reject)(question, answer)
                     bar.update()
                 if time.monotonic() - saved > SAVE_REJECTED:
                     self.rejected.save()
                     saved = time.monotonic()
-        if self.faults == {"server"} and not self.journal.done:
+        if self.way == "server" and not self.journal.done:
             self.stopped = self.stopped or f"no request succeeded; the last failed so: {self.reason}"
         if self.stopped:
             raise ValueError(self.stopped)
@@ -157,12 +143,11 @@ class _Run:
 
     def _keep(self, question: Question, answer: Answer) -> None:
         """Write a text."""
-        model = self._answerer(answer.model)
         image = question.id if isinstance(self.pool.images, ImageFiles) else f"{question.id}.png"
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        digest = prompt_hash(question.prompt)
-        self.journal.append(Record(question.id, image, question.kind, answer.text, answer.finished, model, digest, now))
-        self.rejected.remove(question)
+        said = (answer.text, answer.finished, self._answerer(answer.model), prompt_hash(question.prompt))
+        self.journal.append(Record(question.id, image, question.kind, *said, now))
+        self.rejected.entries.pop(question.key, None)
         self.streak, self.way = [], ""
         self.written += 1
         self.characters += len(answer.text)
@@ -173,19 +158,17 @@ class _Run:
 
     def _reject(self, question: Question, answer: Answer) -> None:
         """Enter it in the list; end the run if too many in a row fail in the same way."""
-        reason = answer.refusal
+        self.reason = answer.refusal
         if isinstance(self.pool.images, ImageFiles):  # no absolute paths
             for folder in (os.path.abspath(self.pool.images.root), os.path.realpath(self.pool.images.root)):
-                reason = reason.replace(os.path.join(folder, ""), "")
-        self.rejected.add(question, replace(answer, refusal=reason))
-        self.reason = reason
-        self.faults.add(answer.fault)
+                self.reason = self.reason.replace(os.path.join(folder, ""), "")
+        self.rejected.add(question, replace(answer, refusal=self.reason))
         if answer.fault not in LIMITS or self.wanted[question]:
             return
-        way = answer.fault if answer.fault == "server" else re.sub(r"\S*\d\S*", "", reason)
+        way = answer.fault if answer.fault == "server" else re.sub(r"\S*\d\S*", "", self.reason)
         self.streak, self.way = [*(self.streak if way == self.way else []), question], way
         if len(self.streak) >= LIMITS[answer.fault]:
-            self.stopped = f"{len(self.streak)} requests in a row failed in the same way, the last so: {reason}"
+            self.stopped = f"{len(self.streak)} requests in a row failed in the same way, the last so: {self.reason}"
         if self.stopped:
             self.rejected.ask_last(self.streak)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from PIL import Image
@@ -20,24 +20,21 @@ class Question(NamedTuple):
     kind: str
     prompt: str
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Image and kind, as of the record that answers it."""
+        return self.id, self.kind
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question.
+    """What came back for one question."""
 
-    Attributes:
-        text: the answer; empty if there is none.
-        finished: False if it was cut off by the token limit or a content filter.
-        model: who answered, if the server says so.
-        refusal: why there is no text.
-        fault: whose the refusal is: ``"server"``, ``"request"``, ``"tokens"``, or ``""`` for the image file's.
-    """
-
-    text: str = ""
-    finished: bool = True
-    model: str = ""
-    refusal: str = ""
-    fault: str = ""
+    text: str = ""  #: empty if there is none
+    finished: bool = True  #: False if it was cut off by the token limit or a content filter
+    model: str = ""  #: who answered, if the server says so
+    refusal: str = ""  #: why there is no text
+    fault: str = ""  #: whose the refusal is: ``"server"``, ``"request"``, ``"tokens"``; empty: the image file's
 
 
 Open = Callable[[str], Image.Image]
@@ -45,17 +42,11 @@ Answers = Generator[tuple[Question, Answer], None, None]
 
 
 class Backend(Protocol):
-    """Whatever answers prompts about images.
+    """Whatever answers prompts about images."""
 
-    Attributes:
-        model: the name that goes into each record.
-        batch_size: questions that are asked together.
-        max_new_tokens: where an answer is cut off.
-    """
-
-    model: str
-    batch_size: int
-    max_new_tokens: int
+    model: str  #: the name that goes into each record
+    batch_size: int  #: questions that are asked together
+    max_new_tokens: int  #: where an answer is cut off
 
     def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
         """Each question with its answer, as they come. An image that cannot be opened is a refusal.
@@ -67,12 +58,7 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """Answers from a model in this process: batched, greedy.
-
-    Args:
-        teacher: from `load_mllm`.
-        max_new_tokens: where an answer is cut off.
-    """
+    """Answers from a model in this process: batched, greedy, cut off at `max_new_tokens`."""
 
     def __init__(self, teacher: MllmTeacher, max_new_tokens: int = 128):
         self.teacher, self.max_new_tokens = teacher, max_new_tokens
@@ -102,14 +88,12 @@ class TransformersBackend:
 
     def answer(self, images: Sequence, prompts: Sequence[str]) -> list[Answer]:
         """One answer for each image and prompt, as one batch."""
-        inputs = self.teacher.inputs(images, prompts)
-        tokenizer = self.teacher.processor.tokenizer
-        ends = self.teacher.model.generation_config.eos_token_id
-        ends = torch.tensor(ends if isinstance(ends, list) else [ends])
+        inputs, model = self.teacher.inputs(images, prompts), cast(Any, self.teacher.model)
+        ends = torch.tensor(model.generation_config.eos_token_id)  # one or several
         with torch.inference_mode():
-            out = self.teacher.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :].cpu()
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        texts = self.teacher.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [read_text(text, bool(torch.isin(row, ends).any())) for text, row in zip(texts, new, strict=True)]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import json
 import os
-import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,32 +15,20 @@ from mllmfl_lite.teachers.prompts import prompt_hash
 
 WEB_ANNOTATIONS = ASSETS / "web_annotations.jsonl.gz"
 UNUSABLE = (ValueError, TypeError, AttributeError, RecursionError)  # what a line may raise that is no record
-SYNC = 1.0  # seconds between two flushes to the disk; a killed process loses nothing even so
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a model said of one image, in one kind.
+    """What a model said of one image, in one kind."""
 
-    Attributes:
-        id: of the image, unique in its pool.
-        image: the file's name, or the image's number.
-        kind: which prompt was answered.
-        text: the answer.
-        finished: False if it was cut off.
-        model: who answered, see `Backend`.
-        prompt: hash of the prompt, see `prompt_hash`.
-        time: UTC, ISO 8601.
-    """
-
-    id: str
-    image: str
-    kind: str
-    text: str
-    finished: bool
-    model: str
-    prompt: str
-    time: str
+    id: str  #: of the image, unique in its pool
+    image: str  #: the file's name, or the image's number
+    kind: str  #: which prompt was answered
+    text: str  #: the answer
+    finished: bool  #: False if it was cut off
+    model: str  #: who answered, see `Backend`
+    prompt: str  #: its hash, see `prompt_hash`
+    time: str  #: UTC, ISO 8601
 
     @property
     def key(self) -> tuple[str, str]:
@@ -89,19 +76,21 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; annotate first, or give the path of an existing .jsonl file")
-    records: dict[tuple[str, str], Record] = {}
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it, or take it again from its source") from error
+    records: dict[tuple[str, str], Record] = {}
     for number, line in enumerate(_whole_lines(content).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = _parse(line)
         except UNUSABLE as error:
-            reason = f"{path}, line {number}, is no record ({str(error)[:200]})"
-            raise ValueError(f"{reason}; correct that line, or remove it and it is asked again") from error
+            raise ValueError(
+                f"{path}, line {number}, is no record ({str(error)[:200]}); correct that line, or remove it and it is "
+                "asked again"
+            ) from error
         if record.key in records:
             raise ValueError(
                 f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}; remove one"
@@ -116,18 +105,14 @@ def bundled_annotations() -> list[Record]:
 
 
 class Journal:
-    """The open file of a run: records are appended one by one, whole lines or none.
+    """The open .jsonl file of a run: records are appended one by one, whole lines or none.
 
-    Args:
-        path: the .jsonl file; records of another model or prompt in it are a `ValueError`.
-        model: who is asked.
-        prompts: the text of each kind.
+    Records of another model or prompt in it are a `ValueError`. `prompts` are the texts of each kind.
     """
 
     def __init__(self, path: Path, model: str, prompts: dict[str, str]):
         self.path = path
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a regular file; choose another name")
+        require_regular(path)
         records = read_records(path) if path.exists() else []
         for record in records:
             self._require_same_task(record, model, prompts)
@@ -135,10 +120,9 @@ class Journal:
         self.models = list(dict.fromkeys(record.model for record in records))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
         content = path.read_bytes()
-        if (whole := _whole_lines(content)) != content:
-            self._file.truncate(min(len(whole), len(content)))
-            self._file.write(whole[len(content) :])
-        self._synced = time.monotonic()
+        whole = _whole_lines(content)
+        self._file.truncate(min(len(whole), len(content)))
+        self._file.write(whole[len(content) :])
 
     def _require_same_task(self, record: Record, model: str, prompts: dict[str, str]) -> None:
         if record.model != model and not record.model.endswith(f"(asked as {model})"):
@@ -151,9 +135,9 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Write one record."""
-        end, line = self._file.seek(0, os.SEEK_END), record.line()
+        end = self._file.seek(0, os.SEEK_END)
         try:
-            self._write(line)
+            self._write(record.line())
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
@@ -163,12 +147,15 @@ class Journal:
     def _write(self, line: bytes) -> None:
         if self._file.write(line) != len(line):
             raise OSError("No space left on device")
-        if time.monotonic() - self._synced > SYNC:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def require_regular(path: Path) -> None:
+    """Raise `ValueError` if something else than a file, such as a folder, has this name."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; choose another name")
