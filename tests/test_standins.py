@@ -165,9 +165,7 @@ def test_whitened_patches_are_decorrelated(data):
     images = load_images("cifar10_mini", "train").images[::10]
     tower = new_tower(images, 0)
     filters = vision.core_of(tower).embeddings.patch_embedding.weight
-    x = Batches(ImageSet(images, np.zeros(len(images), np.int64), ("one",), "x")).plain(
-        torch.arange(len(images))
-    )
+    x = Batches(ImageSet(images, np.zeros(len(images), np.int64), ("one",), "x")).plain(torch.arange(len(images)))
     out = torch.nn.functional.conv2d(x, filters.detach(), stride=4).permute(0, 2, 3, 1).reshape(-1, 160)
     values = torch.linalg.eigvalsh(torch.cov(out.T))[-48:]  # 160 numbers of 48 directions
     assert values.max() < 1.1 and values.median() > 0.3

@@ -1,11 +1,15 @@
 """Federated learning: methods, the client's half, the server's loop."""
 
 from mllmfl_lite.federated.aggregate import ClientResult, State, weighted_mean
+from mllmfl_lite.federated.balanced_softmax import BalancedSoftmax
 from mllmfl_lite.federated.clients import ClientDiverged, Task, Workers, client_step, train_client
 from mllmfl_lite.federated.clip2fl import CLIP2FL
 from mllmfl_lite.federated.creff import CReFF
 from mllmfl_lite.federated.each_round import AlignEachRound
+from mllmfl_lite.federated.feddf import FedDF
 from mllmfl_lite.federated.federation import Federation, choose_clients
+from mllmfl_lite.federated.fednpc import FedNPC
+from mllmfl_lite.federated.fedyoyo import FedYoYo
 from mllmfl_lite.federated.methods import FedAvg, FedAvgM, FedProx, FedSettings
 from mllmfl_lite.federated.rounds import Ask, FedResult, run_federated
 
@@ -15,10 +19,14 @@ METHODS: dict[str, type[FedAvg]] = {
     "fedavgm": FedAvgM,
     "creff": CReFF,
     "clip2fl": CLIP2FL,
+    "balanced_softmax": BalancedSoftmax,
+    "fedyoyo": FedYoYo,
+    "fednpc": FedNPC,
+    "feddf": FedDF,
 }
 
 __all__ = [
-    "CLIP2FL", "METHODS", "AlignEachRound", "Ask", "CReFF", "ClientDiverged", "ClientResult", "FedAvg", "FedAvgM",
-    "FedProx", "FedResult", "FedSettings", "Federation", "State", "Task", "Workers", "choose_clients", "client_step",
-    "run_federated", "train_client", "weighted_mean",
+    "CLIP2FL", "METHODS", "AlignEachRound", "Ask", "BalancedSoftmax", "CReFF", "ClientDiverged", "ClientResult",
+    "FedAvg", "FedAvgM", "FedDF", "FedNPC", "FedProx", "FedResult", "FedSettings", "FedYoYo", "Federation", "State",
+    "Task", "Workers", "choose_clients", "client_step", "run_federated", "train_client", "weighted_mean",
 ]  # fmt: skip

@@ -58,14 +58,15 @@ def train_client(
     model.load_state_dict(task.state)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
+    client = method.for_client(batches, indices, task.received, task.round)
     total = torch.zeros((), dtype=torch.float64, device=indices.device)  # on the device: a GPU is synchronised once
     for epoch in range(settings.local_epochs):
         generator = task.generator("batches", epoch)
         order = indices[torch.randperm(len(indices), generator=generator).to(indices.device)]
         parts = order.split(settings.batch_size)
-        for part, x in zip(parts, batches.stream(parts, generator), strict=True):
+        for part, x in zip(parts, client.views(batches, parts, generator, settings.augment), strict=True):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                loss = method.local_loss(model, x, batches.labels[part], part, task.state)
+                loss = client.local_loss(model, x, batches.labels[part], part, task.state)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -6,6 +6,7 @@ A method is a loss on the client, an upload beside the weights, and an update on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data.strong import strong_stream
 from mllmfl_lite.federated.aggregate import State, weighted_mean
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import settings_class, sha256_arrays
@@ -40,6 +42,8 @@ class FedSettings:
     report_rounds: Count = 10  #: a run reports the mean over so many last rounds
     #: of clients' passes; bfloat16 is autocast, weights stay float32; tf32 is for GPUs and the whole run
     precision: Literal["float32", "bfloat16", "tf32"] = "float32"
+    #: of clients' images, drawn for each image; "weak" is crop and flip, "strong" adds AutoAugment and Cutout
+    augment: Literal["weak", "strong"] = "weak"
 
     def evaluates(self, round_: int) -> bool:
         """Return True if round `round_`, counted from 1, ends with a test."""
@@ -58,6 +62,7 @@ class FedAvg:
 
     clip_flops: ClassVar[int] = 0  # operations of a CLIP on one image, if clients run one
     clip_bytes: ClassVar[int] = 0  # of its weights
+    needs_pool: ClassVar[bool] = False  # whether the server's step uses open images
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: float) -> FedAvg:
@@ -95,6 +100,16 @@ class FedAvg:
         if extra and type(self).upload is FedAvg.upload:
             raise ValueError(f"{type(self).__name__} takes nothing beside the weights; it sent {sorted(extra)[:3]}")
 
+    def for_client(self, batches: Batches, indices: Tensor, received: State, round_: int) -> FedAvg:
+        """What trains one client in one round (its `views` and `local_loss`); arguments as for `upload`."""
+        return self
+
+    def views(
+        self, batches: Batches, parts: list[Tensor], generator: torch.Generator, augment: str
+    ) -> Iterator[Tensor]:
+        """The images x of `local_loss` for each run of indices."""
+        return batches.stream(parts, generator) if augment == "weak" else strong_stream(batches, parts, generator)
+
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """The client's loss on a batch of augmented images x (B, 3, H, W) with labels y (B,).
 
@@ -102,7 +117,7 @@ class FedAvg:
         """
         return cross_entropy(model(x), y)
 
-    def aggregate(self, states: list[State], sizes: list[int]) -> State:
+    def aggregate(self, states: list[State], sizes: list[int], generator: torch.Generator) -> State:
         """Combine the clients' weights; `sizes` are their numbers of images."""
         return weighted_mean(states, sizes)
 

@@ -176,8 +176,8 @@ class _Rounds:
         self, model: CompactModel, state: State, server_state: State, results: dict[int, ClientResult], round_: int
     ) -> tuple[State, State]:
         sizes = [len(self.split[client]) for client in results]
-        mean = self.method.aggregate([result.state for result in results.values()], sizes)
         uploads, generator = [result.extra for result in results.values()], torch_generator(self.seed, "server", round_)
+        mean = self.method.aggregate([result.state for result in results.values()], sizes, generator)
         state, server_state = self.method.server_update(state, mean, server_state, uploads, generator)
         if not all_finite((*state.values(), *server_state.values())):
             raise ValueError(

@@ -87,13 +87,20 @@ def _part_problems(of: Experiment) -> Iterator[str]:
         json.dumps(of.method_options, allow_nan=False)
     except (TypeError, ValueError):
         yield f"method_options must be finite numbers, switches or text; got {of.method_options!r:.100}"
-    if {1, 3} & set(of.stages) and "web" not in PARTS.get(of.pool, ("web",)):
+    if of.federated.augment == "strong" and of.dataset == "imagenet_lt":
+        yield "federated.augment 'strong' is for small images (CIFAR); use 'weak' for imagenet_lt"
+    if (uses_pool(of) or {1, 3} & set(of.stages)) and "web" not in PARTS.get(of.pool, ("web",)):
         yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
     if 1 in of.stages and not of.start:
         if of.annotations not in ("bundled", "new") and not of.annotations.endswith(".jsonl"):
             yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"
         if of.annotations == "bundled" and (of.pool != BUNDLED_POOL or of.pool_images):
             yield f"annotations are 'bundled', which describe the whole pool {BUNDLED_POOL!r}; set them to 'new'"
+
+
+def uses_pool(of: Experiment) -> bool:
+    """Return True if the method's server step uses open images."""
+    return 2 in of.stages and of.method in METHODS and METHODS[of.method].needs_pool
 
 
 def experiment_of(values: dict[str, Any]) -> Experiment:

@@ -43,7 +43,10 @@ def make_method(experiment: Experiment, train: ImageSet, folder: str | Path = ""
     name = experiment.method
     try:
         method = pkgutil.resolve_name(name) if ":" in name else METHODS[name]
-        return method.for_clients(train, experiment.clip, folder, **experiment.method_options)
+        server = {}
+        if getattr(method, "needs_pool", False):
+            server = {"pool": load_pool(experiment), "model": initial_model(experiment, train.num_classes, None)}
+        return method.for_clients(train, experiment.clip, folder, **experiment.method_options, **server)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"method {name!r} with options {experiment.method_options} cannot be made: {error}") from error
 

@@ -84,6 +84,8 @@ def load_result(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a results file ({error!r}); remove it and run again") from error
     if checksum != _checksum(result):
         raise ValueError(f"{path} is damaged: its content does not fit its checksum; remove it and run again")
+    if isinstance(federated := result["parameters"].get("federated"), dict):
+        federated.setdefault("augment", "weak")  # files from before this setting
     return result
 
 

@@ -21,7 +21,7 @@ from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, Federation, FedRe
 from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
-from mllmfl_lite.runs.config import Experiment, parameters_of
+from mllmfl_lite.runs.config import Experiment, parameters_of, uses_pool
 from mllmfl_lite.runs.parts import initial_model, load_federation, load_pool, load_teacher, make_method, start_file
 from mllmfl_lite.runs.results import differences, load_result, provenance, result_path, save_result
 from mllmfl_lite.runs.stage1 import stage_one
@@ -179,8 +179,10 @@ def rounds_key(experiment: Experiment) -> str:
     """Name the rounds' checkpoint folder; experiments that differ in stage 3 alone share it."""
     numbers = parameters_of(experiment)
     if not (3 in experiment.stages and experiment.align.when == "each round"):
-        for key in ("align", "mllm", "mllm_dtype", "pool", "pool_images"):
+        for key in ("align", "mllm", "mllm_dtype"):
             del numbers[key]
+        if not uses_pool(experiment):
+            del numbers["pool"], numbers["pool_images"]
     numbers["stages"] = [stage for stage in experiment.stages if stage < 3]
     del numbers["federated"]["rounds"], numbers["seed"]
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
