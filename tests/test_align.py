@@ -26,7 +26,7 @@ from mllmfl_lite.repro import torch_generator
 from mllmfl_lite.runs import Experiment, load_federation, run_experiment
 from mllmfl_lite.runs.run import rounds_key
 from mllmfl_lite.stages.align import AlignSettings, align, alignment_loss
-from mllmfl_lite.stages.server_set import ServerSet, describe, draw_server_set
+from mllmfl_lite.stages.server_set import describe, draw_server_set
 from mllmfl_lite.teachers.answers import PoolLabels
 
 NAMES = ("red", "green", "blue")
@@ -177,20 +177,10 @@ def test_a_pool_without_an_image_is_refused(images, answers):
 
 
 def test_a_server_set_that_does_not_fit_the_model_is_refused(model, chosen):
-    empty = ServerSet(chosen.images.subset(np.empty(0, int)), chosen.probabilities[:0], chosen.rows[:0])
-    with pytest.raises(ValueError, match="recognised none of the classes"):
-        align(model, empty, QUICK)
     with pytest.raises(ValueError, match="has 3 classes, the model's head 5"):
         align(build_model("resnet8", 5, width=4), chosen, QUICK)
     with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda'; got 'mps'"):
         align(model, chosen, QUICK, device="mps")
-    lost = copy.deepcopy(model)
-    lost.head.bias.data[0] = math.nan
-    with pytest.raises(ValueError, match="the model to align has weights that are not finite"):
-        align(lost, chosen, QUICK)
-    for probabilities in (chosen.probabilities[:-1], chosen.probabilities[:, :2]):
-        with pytest.raises(ValueError, match=r"must be \(images, classes\) = \(12, 3\)"):
-            align(model, replace(chosen, probabilities=probabilities), QUICK)
 
 
 def test_class_names_are_compared_in_order(model, chosen):

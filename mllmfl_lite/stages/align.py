@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import open_batches
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import CompactModel, distillation
 from mllmfl_lite.repro import all_finite, pick_device, settings_class, torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
@@ -71,59 +71,51 @@ def align(
     """Finetune a copy of the model on the class-balanced set. The seed decides batches and augmentation.
 
     Raises:
-        ValueError: the set is empty, its classes are not the model's, or loss or weights are no longer finite.
+        ValueError: the set's classes are not the model's, or loss or weights are no longer finite.
     """
     settings, device = settings or AlignSettings(), pick_device(device)
-    _check(model, server_set)
-    model = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
-    batches, probabilities = open_batches(server_set.images, device), server_set.probabilities.to(device)
+    _require_same_classes(model, server_set.images)
+    model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     weights = list((model if settings.part == "all" else model.head).parameters())
     optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
+    batches, probabilities = open_batches(server_set.images, device), server_set.probabilities.to(device)
     generator, history = torch_generator(int(seed), "alignment"), []
-    advice = f"lower lr (it is {settings.lr})"
     for epoch in range(1, settings.epochs + 1):
         model.train(settings.part == "all")  # a head alone learns on the features that it will be used on
+        parts = torch.randperm(len(batches), generator=generator).to(device).split(settings.batch_size)
         total = 0.0
-        for step, loss in enumerate(_steps(model, batches, probabilities, settings, (optimizer, generator)), 1):
-            total += loss
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss of step {step} in epoch {epoch} is not finite; {advice}")
+        for step, (part, x) in enumerate(zip(parts, batches.stream(parts, generator), strict=True), 1):
+            answers = (batches.labels[part], probabilities[part])
+            loss = alignment_loss(_logits(model, x), *answers, settings.beta, settings.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(part)
+            if not math.isfinite(total):
+                raise _diverged(f"loss of step {step} in epoch {epoch} is", settings)
         if not all_finite(model.state_dict().values()):
-            raise ValueError(f"the weights after epoch {epoch} are not finite; {advice}")
+            raise _diverged(f"weights after epoch {epoch} are", settings)
         history.append({"epoch": epoch, "loss": total / len(batches)})
         schedule.step()
     return Aligned(model, history)
 
 
-def _steps(
-    model: CompactModel, batches, probabilities: Tensor, settings: AlignSettings, tools: tuple
-) -> Iterator[float]:
-    """Train one epoch; yield each batch's summed loss."""
-    optimizer, generator = tools
-    parts = torch.randperm(len(batches), generator=generator).to(probabilities.device).split(settings.batch_size)
-    for part, x in zip(parts, batches.stream(parts, generator), strict=True):
-        try:
-            logits = model(x)
-        except ValueError as error:  # of BatchNorm
-            raise ValueError(f"a batch of {len(part)} images is too small ({error}); change batch_size") from error
-        loss = alignment_loss(logits, batches.labels[part], probabilities[part], settings.beta, settings.temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item() * len(part)
+def _logits(model: CompactModel, x: Tensor) -> Tensor:
+    try:
+        return model(x)
+    except ValueError as error:  # of BatchNorm
+        raise ValueError(f"a batch of {len(x)} images is too small ({error}); change batch_size") from error
 
 
-def _check(model: CompactModel, server_set: ServerSet) -> None:
-    images, classes = server_set.images, model.head.out_features
-    if not len(images):
-        raise ValueError("the server set has no image: the teacher recognised none of the classes in the pool")
-    if images.num_classes != classes:
-        found = f"the server set has {images.num_classes} classes, the model's head {classes}"
-        raise ValueError(f"{found}; draw the set for the clients' class names")
+def _diverged(what: str, settings: AlignSettings) -> ValueError:
+    return ValueError(f"the {what} not finite; lower lr (it is {settings.lr})")
+
+
+def _require_same_classes(model: CompactModel, images: ImageSet) -> None:
+    if images.num_classes != model.head.out_features:
+        raise ValueError(
+            f"the server set has {images.num_classes} classes, the model's head {model.head.out_features}; draw the "
+            "set for the clients' class names"
+        )
     images.require_same_classes(model)
-    if not all_finite(model.state_dict().values()):
-        raise ValueError("the model to align has weights that are not finite; train it again")
-    if server_set.probabilities.shape != (len(images), classes):
-        shape = tuple(server_set.probabilities.shape)
-        raise ValueError(f"probabilities must be (images, classes) = ({len(images)}, {classes}); they are {shape}")

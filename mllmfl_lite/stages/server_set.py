@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,17 +36,22 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
         ValueError: shapes that do not fit, rows that are no distributions, or no image that stands for a class.
     """
     probabilities = torch.as_tensor(probabilities).detach().float().cpu()
-    _check(pool, probabilities, names, per_class)
+    if probabilities.shape != (len(pool), len(names)) or not len(pool):
+        raise ValueError(
+            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
+            f"they are {tuple(probabilities.shape)}"
+        )
+    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-3).all()):  # NaN is neither
+        raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
     confidence, label = (values.numpy() for values in probabilities.max(1))
-    undecided = (probabilities == probabilities.amax(1, keepdim=True)).sum(1).numpy() > 1
-    if undecided.all():
+    decided = (probabilities == probabilities.amax(1, keepdim=True)).sum(1).numpy() == 1
+    if not decided.any():
         raise ValueError(
             f"the teacher prefers no class for any of the {len(pool)} images; choose another teacher, or a pool with "
             f"images of {', '.join(names):.200}"
         )
     order = np.argsort(-confidence, kind="stable")
-    order = order[~undecided[order]]
-    by_class = [order[label[order] == c][:per_class] for c in range(len(names))]
+    by_class = [order[(label[order] == c) & decided[order]][:per_class] for c in range(len(names))]
     short = {name: len(rows) for name, rows in zip(names, by_class, strict=True) if len(rows) < per_class}
     if short:
         listed = ", ".join(f"{name} ({count})" for name, count in short.items())
@@ -56,27 +61,15 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
             stacklevel=2,
         )
     rows = np.sort(np.concatenate(by_class))
-    images = ImageSet(pool.images[rows], label[rows].astype(np.int64), names, f"{pool.origin}, chosen")
+    origin = f"{pool.origin}, chosen"
+    images = replace(pool.subset(rows), labels=label[rows], names=names, origin=origin)  # type: ignore[arg-type]
     return ServerSet(images, probabilities[torch.from_numpy(rows)], rows, short)
-
-
-def _check(pool: ImageSet, probabilities: Tensor, names: Sequence[str], per_class: int) -> None:
-    if probabilities.shape != (len(pool), len(names)) or not len(pool):
-        raise ValueError(
-            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
-            f"they are {tuple(probabilities.shape)}"
-        )
-    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-3).all()):  # NaN is neither
-        raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1; got {per_class}")
 
 
 def describe(server_set: ServerSet, pool: ImageSet) -> dict:
     """Images a class, classes that are short, and how often the teacher's label is the pool's own.
 
-    The pool's labels measure only; an image of a class that the pool does not name counts as wrong. `labels_right` is
-    None for an unlabelled pool.
+    An image of a class that the pool does not name counts as wrong. `labels_right` is None for an unlabelled pool.
     """
     names, labels = server_set.images.names, server_set.images.labels
     right = [pool.names[pool.labels[row]] == names[c] for row, c in zip(server_set.rows, labels, strict=True)]

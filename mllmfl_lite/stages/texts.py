@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mllmfl_lite.repro import numpy_generator
 from mllmfl_lite.stages.records import Record
@@ -41,8 +42,7 @@ class Texts:
 
         `by_length` puts texts of similar length together, which is faster; but length goes with content.
         """
-        rng = numpy_generator(seed, "texts", epoch)
-        batches = []
+        rng, batches = numpy_generator(seed, "texts", epoch), []
         for kind in np.unique(self.kind):
             rows = rng.permutation(np.flatnonzero(self.kind == kind))
             for chunk in np.split(rows, range(16 * size, len(rows), 16 * size)):
@@ -57,15 +57,11 @@ class Texts:
 
         Answers are cut at `longest` tokens and padded on the right: under a causal mask no learned token sees padding.
         """
-        question = self.questions[self.kind[rows[0]]]
-        answers = [self.answers[row][:longest] for row in rows]
-        ids = torch.zeros(len(rows), len(question) + max(map(len, answers)), dtype=torch.int64)
-        labels = torch.full_like(ids, -100)
-        for i, answer in enumerate(answers):
-            end = len(question) + len(answer)
-            ids[i, :end] = torch.tensor(question + answer)
-            labels[i, len(question) : end] = torch.tensor(answer)
-        return ids, labels
+        question = torch.tensor(self.questions[self.kind[rows[0]]])
+        answers = [torch.tensor(self.answers[row][:longest]) for row in rows]
+        ids = pad_sequence([torch.cat([question, answer]) for answer in answers], batch_first=True)
+        learned = pad_sequence(answers, batch_first=True, padding_value=-100)
+        return ids, torch.cat([torch.full((len(rows), len(question)), -100), learned], 1)
 
 
 def read_texts(
@@ -78,8 +74,7 @@ def read_texts(
     Raises:
         ValueError: no record, a record about an image that is not in the pool, or of a kind without a prompt.
     """
-    prompts = prompts or load_prompts()
-    place = {name: i for i, name in enumerate(ids)}
+    prompts, place = prompts or load_prompts(), {name: i for i, name in enumerate(ids)}
     if not records:
         raise ValueError("there is no text to learn from: the annotation file is empty, or filters took every record")
     if missing := [record.id for record in records if record.id not in place]:
@@ -93,11 +88,11 @@ def read_texts(
     hashes = {kind: prompt_hash(prompts[kind]) for kind in kinds}
     if other := sum(record.prompt != hashes[record.kind] for record in records):
         warnings.warn(f"{other} of {len(records)} texts answered another prompt than the one given here", stacklevel=2)
-    ordered = sorted(records, key=lambda record: (place[record.id], record.kind))
+    records = sorted(records, key=lambda record: (place[record.id], record.kind))
     return Texts(
-        np.array([place[record.id] for record in ordered]),
-        np.array([kinds.index(record.kind) for record in ordered]),
+        np.array([place[record.id] for record in records]),
+        np.array([kinds.index(record.kind) for record in records]),
         [mllm.question_ids(prompts[kind]) for kind in kinds],
-        [mllm.answer_ids(record.text) for record in ordered],
+        [mllm.answer_ids(record.text) for record in records],
         list(ids),
     )

@@ -40,4 +40,4 @@ class Views:
         """For the MLLM's projector: float (B, P, D)."""
         if self._stored:
             return torch.from_numpy(self._stored[indices])
-        return self.mllm.tokens(self.pool.images[indices])
+        return self.mllm.tokens(self.pool.subset(indices).images)
