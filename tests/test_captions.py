@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from standins.words import KNOWLEDGE, write
+from standins.words import KNOWLEDGE, words_for, write
 
 from mllmfl_lite.data import load_images
-from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken, words_for
+from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken
 from mllmfl_lite.teachers.prompts import KINDS
 from mllmfl_lite.teaching.claims import COLOURS, Facts, look, name_colours, names_class, objects_in, read_claims
 

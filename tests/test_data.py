@@ -8,7 +8,7 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from mllmfl_lite.data import cifar, folders, load_images
-from mllmfl_lite.data.images import ImageSet, checksum
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.names import CIFAR10_CLASSES, CIFAR100_CLASSES
 
 
@@ -116,6 +116,10 @@ def test_unknown_names_are_refused():
 # ------------------------------------------------------------------------------------------------ the full sets
 
 
+def sha256(pixels, labels):
+    return hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+
+
 def write_batches(folder, monkeypatch):
     """A folder in CIFAR-10's own format with 6 made pictures, and torchvision and us told their checksums."""
     rng, base = np.random.default_rng(0), folder / CIFAR10.base_folder
@@ -135,7 +139,7 @@ def write_batches(folder, monkeypatch):
     md5 = hashlib.md5(meta.read_bytes()).hexdigest()
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta.name, "key": "label_names", "md5": md5})
     for part, (pixels, labels) in arrays.items():
-        monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", part), checksum(pixels, labels))
+        monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", part), sha256(pixels, labels))
     return arrays
 
 
@@ -160,7 +164,7 @@ def test_a_packed_file_is_read_and_checked(folder, monkeypatch):
     np.savez(folder / "cifar10.npz", **arrays)
     with pytest.raises(ValueError, match="differ from the originals"):
         load_images("cifar10", "test")
-    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), checksum(pixels, labels))
+    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), sha256(pixels, labels))
     assert load_images("cifar10", "test").labels.tolist() == [1, 0]
     (folder / "cifar10.npz").write_bytes((folder / "cifar10.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cifar10.npz cannot be read"):
@@ -169,7 +173,7 @@ def test_a_packed_file_is_read_and_checked(folder, monkeypatch):
 
 def test_a_packed_file_with_other_arrays_is_refused(folder, monkeypatch):
     pixels, labels = np.zeros((2, 32, 32, 3), np.uint8), np.array([1, 0])
-    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), checksum(pixels, labels))
+    monkeypatch.setitem(cifar.PIXELS_SHA256, ("cifar10", "test"), sha256(pixels, labels))
     np.savez(folder / "cifar10.npz", images=pixels, labels=labels)
     with pytest.raises(ValueError, match=r"cifar10.npz cannot be read .*x_test"):
         load_images("cifar10", "test")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mllmfl_lite.data.folders import FOLDER_VARIABLE, data_folder
-from mllmfl_lite.data.images import ImageSet, checksum
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.names import CIFAR10_CLASSES, CIFAR100_CLASSES
 from mllmfl_lite.repro import ASSETS
 
@@ -27,14 +27,16 @@ PIXELS_SHA256 = {
 }
 
 
-def check_pixels(dataset: str, part: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise `ValueError` unless these are the original images and labels of that part, in the original order."""
-    found = checksum(images, labels)
-    if found != PIXELS_SHA256[dataset, part]:
+def check_pixels(dataset: str, part: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
+    """That part as a set; `ValueError` unless these are the original images and labels, in the original order."""
+    checked = ImageSet(images, labels, NAMES[dataset], f"{dataset}/{part}")
+    found, right = checked.checksum(), PIXELS_SHA256[dataset, part]
+    if found != right:
         raise ValueError(
             f"the {part} images of {dataset} differ from the originals: sha256 of pixels and labels is {found[:16]}…, "
-            f"it must be {PIXELS_SHA256[dataset, part][:16]}…; remove the file and fetch it again"
+            f"it must be {right[:16]}…; remove the file and fetch it again"
         )
+    return checked
 
 
 def mini_index() -> dict:
@@ -68,8 +70,7 @@ def load_cifar(dataset: str, part: str) -> ImageSet:
     folder = data_folder()
     packed = folder / f"{dataset}.npz"
     images, labels = _read_npz(packed, part) if packed.exists() else _torchvision(folder, dataset, part)
-    check_pixels(dataset, part, images, labels)
-    return ImageSet(images, labels, NAMES[dataset], f"{dataset}/{part}")
+    return check_pixels(dataset, part, images, labels)
 
 
 def _read_npz(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:

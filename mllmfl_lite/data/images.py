@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,16 +20,13 @@ UNLABELLED = ("unlabelled",)  # the class names of a set without labels
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images in files below one folder, opened when they are needed.
+    """Images in files at `paths` (N,) below the folder `root`, opened when they are needed.
 
-    Attributes:
-        root: the folder.
-        paths: of the files below it (N,), strings.
-        size: pixels a side at which training and testing see them.
+    Training and testing see them at `size` pixels a side.
     """
 
     root: str | Path
-    paths: np.ndarray | Sequence[str]
+    paths: np.ndarray
     size: int = 224
 
     def __post_init__(self) -> None:
@@ -39,8 +37,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, chosen: int | slice | np.ndarray) -> Image.Image | ImageFiles:
-        """The image at a number (RGB), or the files at a slice or an index array."""
+    def __getitem__(self, chosen: int | slice | np.ndarray) -> Any:
+        """The image at a number (PIL, RGB), or the `ImageFiles` at a slice or an index array."""
         if isinstance(chosen, (int, np.integer)):
             return open_picture(Path(self.root) / self.paths[chosen], self.paths[chosen])
         return ImageFiles(self.root, self.paths[chosen], self.size)
@@ -51,32 +49,20 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels. What enters is checked and converted here, once.
+    """Images with labels. What enters is checked and converted here, once."""
 
-    Attributes:
-        images: uint8 (N, H, W, 3), RGB, contiguous; one channel is repeated. Or `ImageFiles`.
-        labels: whole numbers (N,), indices into `names`; kept as int64.
-        names: the class names, not empty, each once; blanks around them are removed.
-        origin: where the images come from, e.g. ``"cifar10_mini/train"``.
-    """
-
-    images: np.ndarray | ImageFiles
-    labels: np.ndarray
-    names: tuple[str, ...]
-    origin: str
+    images: np.ndarray | ImageFiles  #: uint8 (N, H, W, 3), RGB, contiguous; one channel is repeated
+    labels: np.ndarray  #: whole numbers (N,), indices into `names`; kept as int64
+    names: tuple[str, ...]  #: the class names, not empty, each once; blanks around them are removed
+    origin: str  #: where the images come from, e.g. ``"cifar10_mini/train"``
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, ImageFiles):
             object.__setattr__(self, "images", _three_channels(np.asarray(self.images)))
-        object.__setattr__(self, "labels", _whole_numbers(np.asarray(self.labels)))
         object.__setattr__(self, "names", _distinct(self.names))
+        object.__setattr__(self, "labels", _class_numbers(np.asarray(self.labels), len(self.names)))
         if self.labels.shape != (len(self.images),):
             raise ValueError(f"one label an image: {len(self.images)} images, labels of shape {self.labels.shape}")
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.names):
-            raise ValueError(
-                f"labels must lie in 0..{len(self.names) - 1}, one class name each; "
-                f"these run from {self.labels.min()} to {self.labels.max()}"
-            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,7 +94,13 @@ class ImageSet:
 
     def checksum(self) -> str:
         """sha256 of pixels (for files: of size and names) and labels."""
-        return checksum(self.images, self.labels)
+        if isinstance(self.images, ImageFiles):
+            text = "\n".join([str(self.images.size), *self.images.paths])
+            digest = hashlib.sha256(text.encode(errors="surrogateescape"))
+        else:
+            digest = hashlib.sha256(self.images.data)
+        digest.update(np.ascontiguousarray(self.labels, dtype="<i8").data)
+        return digest.hexdigest()
 
     def require_same_classes(self, other: object) -> None:
         """Raise `ValueError` unless the other set or model has the same class names in the same order.
@@ -124,16 +116,6 @@ class ImageSet:
             )
 
 
-def checksum(images: np.ndarray | ImageFiles, labels: np.ndarray) -> str:
-    """sha256 of pixels (for files: of size and names) and labels."""
-    if isinstance(images, ImageFiles):
-        digest = hashlib.sha256("\n".join([str(images.size), *images.paths]).encode(errors="surrogateescape"))
-    else:
-        digest = hashlib.sha256(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(labels, dtype="<i8"))
-    return digest.hexdigest()
-
-
 def _three_channels(images: np.ndarray) -> np.ndarray:
     shaped = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or shaped.ndim != 4 or shaped.shape[3] not in (1, 3) or 0 in shaped.shape[1:]:
@@ -144,13 +126,16 @@ def _three_channels(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.repeat(shaped, 3, axis=3) if shaped.shape[3] == 1 else shaped)
 
 
-def _whole_numbers(labels: np.ndarray) -> np.ndarray:
+def _class_numbers(labels: np.ndarray, num_classes: int) -> np.ndarray:
     if labels.size and labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels must be whole numbers, such as int64; these are {labels.dtype}, the first is {labels.flat[0]!r}"
         )
-    if labels.size and labels.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"labels must be small whole numbers; the largest is {labels.max()}")
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1}, one class name each; "
+            f"these run from {labels.min()} to {labels.max()}"
+        )
     return labels.astype(np.int64, copy=False)
 
 

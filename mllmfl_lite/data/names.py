@@ -40,9 +40,3 @@ def with_article(noun: str) -> str:
 def spoken(name: str) -> str:
     """A class name as it is said: ``"pickup_truck"`` is "pickup truck"."""
     return SPOKEN.get(name, name.replace("_", " "))
-
-
-def words_for(name: str) -> tuple[str, ...]:
-    """The words that name a class: its own, a synonym, and for CIFAR-100 its superclass's noun."""
-    more = (SYNONYMS.get(name), SUPERCLASS_OF.get(name))
-    return (spoken(name), *(word for word in more if word))

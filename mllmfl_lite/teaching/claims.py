@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllmfl_lite.data.names import CIFAR10_CLASSES, SPOKEN, SUPERCLASS_OF, SUPERCLASSES, SYNONYMS, words_for
+from mllmfl_lite.data.names import CIFAR10_CLASSES, SPOKEN, SUPERCLASS_OF, SUPERCLASSES, SYNONYMS, spoken
 
 COLOURS = ("black", "white", "grey", "red", "orange", "brown", "yellow", "green", "blue", "purple")
 
@@ -89,8 +89,8 @@ def _majority(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return counts.argmax(1), counts.max(1)
 
 
-_CLASS_OF = {w: n for n in (*CIFAR10_CLASSES, *SUPERCLASS_OF) for w in words_for(n)[: 1 + (n in SYNONYMS)]}
-_CLASS_OF |= {noun: noun for noun in SUPERCLASSES}
+_CLASS_OF = {spoken(name): name for name in (*CIFAR10_CLASSES, *SUPERCLASS_OF)}
+_CLASS_OF |= {word: name for name, word in SYNONYMS.items()} | {noun: noun for noun in SUPERCLASSES}
 _NOUN = "|".join(sorted(map(re.escape, _CLASS_OF), key=len, reverse=True))
 _COLOUR = "(" + "|".join(COLOURS) + ")"
 _CLAIMS = {

@@ -14,11 +14,12 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from mllmfl_lite.data.batches import CHANNEL_MEAN, CHANNEL_STD, Batches
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.data.names import with_article, words_for
+from mllmfl_lite.data.names import with_article
 from mllmfl_lite.repro import numpy_generator, torch_generator
 from mllmfl_lite.teachers.clip import TEMPLATES
 from standins.corpus import VOCABULARY
 from standins.training import Schedule, Watch, draw_batches, fit, initial_weights
+from standins.words import words_for
 
 CONFIG = {
     "embed_dim": 96,

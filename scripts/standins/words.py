@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mllmfl_lite.data.names import SUPERCLASS_OF, spoken, with_article, words_for
+from mllmfl_lite.data.names import SUPERCLASS_OF, SYNONYMS, spoken, with_article
 from mllmfl_lite.teaching.claims import Facts
 
 # What follows from the class alone: (what it is, where it is found, what it does there)
@@ -40,6 +40,12 @@ KNOWLEDGE = {
     "vehicle": ("a means of transport", "on a street or a track", "takes people from place to place"),
     "machine": ("a machine", "outdoors", "does heavy work"),
 }
+
+
+def words_for(name: str) -> tuple[str, ...]:
+    """The words that name a class: its own, a synonym, and for CIFAR-100 its superclass's noun."""
+    more = (SYNONYMS.get(name), SUPERCLASS_OF.get(name))
+    return (spoken(name), *(word for word in more if word))
 
 
 def write(kind: str, name: str, facts: Facts, rng: np.random.Generator) -> str:
