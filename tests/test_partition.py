@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from mllmfl_lite.data import longtail, partition
 from mllmfl_lite.teaching.compare import reported
+from mllmfl_lite.teaching.splits import describe_split
 
 CIFAR10_IF100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
@@ -85,7 +86,9 @@ counts_lists = st.lists(st.integers(1, 60), min_size=2, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts_lists, st.integers(1, 6), st.floats(0.001, 1000), st.integers(0, 5), st.sampled_from(partition.SPLITS))
+@given(
+    counts_lists, st.integers(1, 6), st.floats(0.001, 1000), st.integers(0, 5), st.sampled_from(list(partition.SPLITS))
+)
 def test_every_split_is_a_partition(counts, clients, alpha, seed, kind):
     labels = labels_of(counts)
     try:
@@ -117,8 +120,7 @@ def test_the_capped_split_gives_the_baselines_figures_and_the_uncapped_does_not(
     theirs, labels = reported()["baselines_split"], labels_of(CIFAR10_IF100)
     for capped, agrees in ((True, True), (False, False)):
         figures = [
-            partition.describe_split(labels, partition.dirichlet_equal(labels, 20, 0.5, s, capped), 10)
-            for s in range(100)
+            describe_split(labels, partition.dirichlet_equal(labels, 20, 0.5, s, capped), 10) for s in range(100)
         ]
         means = np.array([f.classes_per_client.mean() for f in figures])
         assert (abs(means.mean() - theirs["classes_per_client_mean"]) < 2 * means.std()) == agrees
@@ -191,9 +193,9 @@ def test_thirds_of_ten_classes_and_of_unsorted_counts():
 
 def test_skew_and_effective_classes_in_closed_form():
     labels = labels_of([30, 10])
-    figures = partition.describe_split(labels, [np.arange(30), np.arange(30, 40)], 2)
+    figures = describe_split(labels, [np.arange(30), np.arange(30, 40)], 2)
     assert figures.skew == pytest.approx([1 - 0.75, 1 - 0.25])  # one class only: 1 - its global share
     assert figures.effective_classes == pytest.approx([1, 1])
-    even = partition.describe_split(labels_of([20, 20]), [np.r_[0:10, 20:30], np.r_[10:20, 30:40]], 2)
+    even = describe_split(labels_of([20, 20]), [np.r_[0:10, 20:30], np.r_[10:20, 30:40]], 2)
     assert even.skew == pytest.approx([0, 0]) and even.effective_classes == pytest.approx([2, 2])
     assert even.counts.tolist() == [[10, 10], [10, 10]]

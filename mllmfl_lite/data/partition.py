@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
-from mllmfl_lite.data.longtail import count_labels
 from mllmfl_lite.repro import numpy_generator
 
 Split = list[np.ndarray]
-SPLITS = ("iid", "dirichlet", "dirichlet_equal", "one_class_per_client")
 
 
 def split_clients(kind: str, labels: np.ndarray, num_clients: int, alpha: float, seed: int) -> Split:
     """The split of that name, one of `SPLITS`; `alpha` is for the Dirichlet kinds."""
     if kind not in SPLITS:
         raise ValueError(f"no split named {kind!r}; there are {', '.join(SPLITS)}")
-    if kind.startswith("dirichlet"):
-        return {"dirichlet": dirichlet, "dirichlet_equal": dirichlet_equal}[kind](labels, num_clients, alpha, seed)
-    return {"iid": iid, "one_class_per_client": one_class_per_client}[kind](labels, num_clients, seed)
+    concentration = {"alpha": alpha} if kind.startswith("dirichlet") else {}
+    return SPLITS[kind](labels, num_clients, seed=seed, **concentration)
 
 
 def iid(labels: np.ndarray, num_clients: int, seed: int) -> Split:
     """Give every client a random share of all images, of equal size give or take one."""
     _check_clients(labels, num_clients)
-    return _sorted(np.array_split(numpy_generator(seed, "iid").permutation(len(labels)), num_clients))
+    order = numpy_generator(seed, "iid").permutation(len(labels))
+    return [np.sort(own) for own in np.array_split(order, num_clients)]
 
 
 def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Split:
@@ -42,12 +40,10 @@ def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Spl
     rng = numpy_generator(seed, "one class")
     split: Split = [np.empty(0, np.int64)] * num_clients
     for position, c in enumerate(classes):
-        holders = range(position, num_clients, len(classes))
-        indices = rng.permutation(np.flatnonzero(labels == c))
-        for client, share in zip(holders, np.array_split(indices, len(holders)), strict=True):
-            split[client] = share
+        indices, holders = rng.permutation(np.flatnonzero(labels == c)), split[position :: len(classes)]
+        split[position :: len(classes)] = [np.sort(own) for own in np.array_split(indices, len(holders))]
     check_split(split)
-    return _sorted(split)
+    return split
 
 
 def dirichlet(
@@ -66,7 +62,7 @@ def dirichlet(
     for _ in range(max_draws):
         split = _deal(labels, num_clients, alpha, rng)
         if min(map(len, split)) >= min_per_client:
-            return _sorted(split)
+            return [np.sort(own) for own in split]
     raise ValueError(
         f"{max_draws} draws of Dirichlet({alpha}) never gave each of {num_clients} clients {min_per_client} of the "
         f"{len(labels)} images; use a larger alpha, fewer clients, or dirichlet_equal"
@@ -84,7 +80,7 @@ def dirichlet_equal(labels: np.ndarray, num_clients: int, alpha: float, seed: in
     """
     _check_clients(labels, num_clients)
     joined = np.concatenate(_deal(labels, num_clients, alpha, numpy_generator(seed, "dirichlet"), capped))
-    return _sorted(np.array_split(joined, num_clients))
+    return [np.sort(own) for own in np.array_split(joined, num_clients)]
 
 
 def _deal(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator, capped: bool = False) -> Split:
@@ -97,22 +93,14 @@ def _deal(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Gen
         indices = rng.permutation(np.flatnonzero(labels == c))
         shares = rng.dirichlet(np.full(num_clients, float(alpha)))
         if capped:
-            shares = _share_among(sizes < len(labels) / num_clients, shares)
+            still_open = sizes < len(labels) / num_clients
+            kept = np.where(still_open, shares, 0.0)
+            shares = kept / kept.sum() if kept.sum() > 0 else still_open / still_open.sum()
         cuts = (np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
         for k, share in enumerate(np.split(indices, cuts)):
             hands[k].append(share)
             sizes[k] += len(share)
     return [np.concatenate(hand) for hand in hands]
-
-
-def _share_among(open_: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """`shares` restricted to the clients still open, summing to 1; even shares if the draw left them nothing."""
-    kept = np.where(open_, shares, 0.0)
-    return kept / kept.sum() if kept.sum() > 0 else open_ / open_.sum()
-
-
-def _sorted(split: Split) -> Split:
-    return [np.sort(indices) for indices in split]
 
 
 def check_split(split: Split) -> None:
@@ -134,33 +122,6 @@ def _check_clients(labels: np.ndarray, num_clients: int, min_per_client: int = 1
         )
 
 
-@dataclass(frozen=True)
-class SplitFigures:
-    """What describes a split.
-
-    Attributes:
-        counts: images of each class at each client, int64 (K, C).
-        sizes: images at each client (K,).
-        classes_per_client: classes of which a client holds an image (K,).
-        clients_per_class: clients that hold an image of the class (C,).
-        skew: total-variation distance of each client's class mix from the mix of all images (K,).
-        effective_classes: exponential of the entropy of each client's class mix (K,); 1 = one class only.
-    """
-
-    counts: np.ndarray
-    sizes: np.ndarray
-    classes_per_client: np.ndarray
-    clients_per_class: np.ndarray
-    skew: np.ndarray
-    effective_classes: np.ndarray
-
-
-def describe_split(labels: np.ndarray, split: Split, num_classes: int) -> SplitFigures:
-    """Count and measure a split; an empty client, or labels outside the classes, is a `ValueError`."""
-    check_split(split)
-    counts = np.stack([count_labels(labels[indices], num_classes) for indices in split])
-    mix = counts / counts.sum(1, keepdims=True)
-    overall = counts.sum(0) / counts.sum()
-    entropy = -(mix * np.log(mix, where=mix > 0, out=np.zeros_like(mix))).sum(1)
-    held, skew = counts > 0, np.abs(mix - overall).sum(1) / 2
-    return SplitFigures(counts, counts.sum(1), held.sum(1), held.sum(0), skew, np.exp(entropy))
+SPLITS: dict[str, Callable[..., Split]] = {
+    split.__name__: split for split in (iid, dirichlet, dirichlet_equal, one_class_per_client)
+}
