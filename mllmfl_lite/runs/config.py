@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mllmfl_lite.data import PARTS
+from mllmfl_lite.data.reserved import RESERVED_POOL
 from mllmfl_lite.federated import METHODS, FedSettings
 from mllmfl_lite.repro import nested, settings_class
 from mllmfl_lite.stages.align import AlignSettings
@@ -46,7 +47,7 @@ class Experiment:
     mllm: str = "tiny_llava"  # a name for `load_mllm`
     mllm_dtype: Literal["float32", "bfloat16"] = "float32"
     clip: str = "tiny_clip"  # of CLIP2FL and of align.teacher "clip", a name for `load_zero_shot`
-    pool: str = BUNDLED_POOL  # the server's open images: a data set (its part "web"), or a folder
+    pool: str = BUNDLED_POOL  # the server's open images: a data set's part "web", "reserved", a folder
     pool_images: Annotated[int, Field(ge=0)] = 0  # use the first so many of them; 0: all
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of every stage
 
@@ -91,6 +92,8 @@ def _part_problems(of: Experiment) -> Iterator[str]:
         yield "federated.augment 'strong' is for small images (CIFAR); use 'weak' for imagenet_lt"
     if (uses_pool(of) or {1, 3} & set(of.stages)) and "web" not in PARTS.get(of.pool, ("web",)):
         yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
+    if of.pool == RESERVED_POOL and of.dataset != "cifar10":
+        yield f"pool {RESERVED_POOL!r} keeps images of cifar10 from its clients; the dataset is {of.dataset!r}"
     if 1 in of.stages and not of.start:
         if of.annotations not in ("bundled", "new") and not of.annotations.endswith(".jsonl"):
             yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"

@@ -12,7 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from mllmfl_lite.data import PARTS
 from mllmfl_lite.data.folders import FOLDER_VARIABLE
-from mllmfl_lite.runs.config import Experiment
+from mllmfl_lite.data.reserved import RESERVED_POOL
+from mllmfl_lite.runs.config import Experiment, uses_pool
 from mllmfl_lite.runs.parts import start_file
 from mllmfl_lite.teachers.base import BUNDLED
 from mllmfl_lite.teachers.imagenet import NETWORKS
@@ -35,8 +36,8 @@ def needed(of: Experiment) -> Iterator[str]:
     pretrains, teacher = 1 in of.stages and not of.start, of.align.teacher if 3 in of.stages else ""
     if of.dataset != "cifar10_mini":
         yield from ("imagenet", "imagenet_lt") if of.dataset == "imagenet_lt" else (of.dataset,)
-    if (pretrains or teacher) and of.pool not in PARTS:
-        yield of.pool
+    if (pretrains or teacher or uses_pool(of)) and of.pool not in PARTS:
+        yield "cifar100" if of.pool == RESERVED_POOL else of.pool
     if (pretrains or teacher == "mllm") and of.mllm not in BUNDLED:
         yield of.mllm
     if (teacher == "clip" or (2 in of.stages and of.method == "clip2fl")) and of.clip not in BUNDLED:

@@ -13,6 +13,7 @@ from mllmfl_lite.data.folders import find_folder, folder_images
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.longtail import balanced_subset, long_tail_subset
 from mllmfl_lite.data.partition import split_clients
+from mllmfl_lite.data.reserved import RESERVED_POOL, for_clients, reserved_pool
 from mllmfl_lite.federated import METHODS, FedAvg, Federation
 from mllmfl_lite.models import CompactModel, build_model, load_model, with_head
 from mllmfl_lite.runs.config import Experiment
@@ -25,6 +26,8 @@ def load_federation(experiment: Experiment) -> Federation:
     """The clients' images, who holds which, and the test images."""
     full = load_images(experiment.dataset, "train", experiment.image_size)
     chosen = np.arange(len(full))
+    if experiment.pool == RESERVED_POOL:
+        full = full.subset(for_clients(full))
     if experiment.dataset != "imagenet_lt":
         chosen = long_tail_subset(full.labels, full.num_classes, experiment.imbalance_factor, experiment.seed)
     if experiment.balanced:
@@ -78,6 +81,8 @@ def load_pool(experiment: Experiment) -> ImageSet:
     """The server's open images. Labels, if there are any, are for measuring only."""
     if experiment.pool in PARTS:
         pool = load_images(experiment.pool, "web")
+    elif experiment.pool == RESERVED_POOL:
+        pool = reserved_pool()
     else:
         pool = folder_images(find_folder(experiment.pool), experiment.image_size)
     return pool.subset(np.arange(min(experiment.pool_images, len(pool)))) if experiment.pool_images else pool

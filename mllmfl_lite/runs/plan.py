@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllmfl_lite.data import PARTS
 from mllmfl_lite.data.imagenet_lt import IMAGENET_LT
 from mllmfl_lite.data.longtail import long_tail_counts
+from mllmfl_lite.data.reserved import RESERVED, RESERVED_POOL
 from mllmfl_lite.models import build_model
 from mllmfl_lite.runs.config import Experiment
 from mllmfl_lite.runs.files import Run
@@ -25,7 +26,7 @@ SIZES = {  # training images, test images, classes, pixels a side
     "cifar100": (50_000, 10_000, 100, 32),
     "imagenet_lt": (IMAGENET_LT["train"], IMAGENET_LT["test"], 1000, 224),
 }
-POOLS = {"cifar10_mini": 3_000, "cc595k": 595_375}
+POOLS = {"cifar10_mini": 3_000, "cc595k": 595_375, RESERVED_POOL: 55_000}
 LARGE = {  # weights of language model and vision tower, visual tokens; others count as LLaVA-1.5-7B
     "tiny_llava": (0.6e6, 1.1e6, 64),
     "llava-hf/llava-1.5-7b-hf": (6.7e9, 0.3e9, 576),
@@ -74,6 +75,7 @@ def image_operations(model: str, width: int, classes: int, pixels: int) -> tuple
 def estimate(experiment: Experiment) -> list[Stage]:
     """The run's parts with their operations, from nothing. CReFF's server, CLIP and decoding of files are left out."""
     train, test, classes, pixels = SIZES[experiment.dataset]
+    train -= RESERVED * classes * (experiment.pool == RESERVED_POOL)
     if experiment.dataset == "imagenet_lt":
         pixels = experiment.image_size
     else:

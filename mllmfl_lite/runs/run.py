@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
 
 from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data.metrics import evaluate_model, summarise
+from mllmfl_lite.data.reserved import RESERVED_POOL, overlap
 from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, Federation, FedResult, run_federated
 from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
@@ -28,6 +30,8 @@ from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import align
 from mllmfl_lite.stages.server_set import ServerSet, describe, draw_server_set
 from mllmfl_lite.teachers.answers import ask_teacher
+
+log = logging.getLogger(__name__)
 
 
 def run_experiment(
@@ -101,7 +105,7 @@ class _Run:
 
     def _stages(self, federation: Federation, method: FedAvg | None) -> dict:
         experiment, model = self.experiment, self._initial_model(federation)
-        data = _data_entry(federation, model)
+        data = _data_entry(experiment, federation, model)
         drawn, about = self._server_set(federation) if 3 in experiment.stages else (None, None)
         rounds = self._rounds(federation, model, method, drawn)
         model.load_state_dict(rounds.deployed)
@@ -166,8 +170,15 @@ class _Run:
         save_model(path, model, self.experiment.model, self.experiment.width, federation.train.names)
 
 
-def _data_entry(federation: Federation, model: CompactModel) -> dict:
+def _data_entry(experiment: Experiment, federation: Federation, model: CompactModel) -> dict:
+    sets = {"clients": federation.train, "test": federation.test}
+    if {1, 3} & set(experiment.stages) or uses_pool(experiment):
+        sets["pool"] = load_pool(experiment)
+    shared = overlap(**sets)
+    if any(shared.values()):
+        log.warning("images that two sets share: %s; use a pool that holds none of the clients' images", shared)
     return {
+        "overlap": shared,
         "train_images": len(federation.train),
         "train_sha256": federation.train.checksum(),
         "test_sha256": federation.test.checksum(),
@@ -181,7 +192,7 @@ def rounds_key(experiment: Experiment) -> str:
     if not (3 in experiment.stages and experiment.align.when == "each round"):
         for key in ("align", "mllm", "mllm_dtype"):
             del numbers[key]
-        if not uses_pool(experiment):
+        if not uses_pool(experiment) and experiment.pool != RESERVED_POOL:
             del numbers["pool"], numbers["pool_images"]
     numbers["stages"] = [stage for stage in experiment.stages if stage < 3]
     del numbers["federated"]["rounds"], numbers["seed"]
