@@ -124,12 +124,13 @@ def test_transparent_pixels_are_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_upright(orientation):
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_images_are_upright(kind, orientation):
     image = Image.new("RGB", (60, 40))
     image.paste("white", (0, 0, 8, 8))
     exif = image.getexif()
     exif[0x0112] = orientation
-    content = saved(image, "JPEG", exif=exif)
+    content = saved(image, kind, exif=exif)
     usual = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(np.asarray(open_picture(content, "x")), np.asarray(usual))
 

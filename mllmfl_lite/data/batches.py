@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.repro import count_cores
@@ -22,21 +23,16 @@ TRIES = 10  # random boxes drawn for a file until one fits
 class Batches:
     """An image set in memory, on a device: a random crop is an indexed read of a strided view.
 
-    Args:
-        data: the images.
-        device: of the tensors.
-        padding: black pixels on each side that random crops may reach (4 is usual for CIFAR).
-
-    Attributes:
-        labels: int64 (N,), on the device.
+    Random crops may reach over `padding` black pixels on each side (4 is usual for CIFAR).
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", padding: int = 4):
-        height, width = data.images.shape[1:3]
+        images = np.asarray(data.images)
+        height, width = images.shape[1:3]
         self.padding = padding
-        self.labels = torch.from_numpy(np.array(data.labels)).to(device)
+        self.labels = torch.from_numpy(np.array(data.labels)).to(device)  #: int64 (N,), on the device
         margin = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        padded = torch.from_numpy(np.pad(data.images, margin)).to(device)  # (N, H + 2p, W + 2p, 3)
+        padded = torch.from_numpy(np.pad(images, margin)).to(device)  # (N, H + 2p, W + 2p, 3)
         self._windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (N, 2p + 1, 2p + 1, 3, H, W)
         self.normalise = _Normalise(CHANNEL_MEAN, CHANNEL_STD, device)
 
@@ -49,6 +45,10 @@ class Batches:
 
     def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """As `plain`, each image with its own random crop and horizontal flip."""
+        return self.normalise(self.cropped(indices, generator))
+
+    def cropped(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """As `augmented`, in pixels: uint8 (B, 3, H, W)."""
         return self._crop(indices, self._draw(len(indices), generator).to(indices.device))
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
@@ -56,21 +56,14 @@ class Batches:
         parts = list(parts)
         lengths = [len(part) for part in parts]
         drawn = torch.cat([torch.empty(3, 0, dtype=torch.int64), *(self._draw(n, generator) for n in lengths)], 1)
-        return map(self._crop, parts, drawn.to(self.labels.device).split(lengths, 1))
+        return map(self.normalise, map(self._crop, parts, drawn.to(self.labels.device).split(lengths, 1)))
 
     def _draw(self, length: int, generator: torch.Generator) -> Tensor:
         """Top, left and flip of each image: int64 (3, B)."""
         corners = torch.randint(2 * self.padding + 1, (2, length), generator=generator)
         return torch.cat([corners, torch.randint(2, (1, length), generator=generator)])
 
-    def cropped(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """As `augmented`, in pixels: uint8 (B, 3, H, W)."""
-        return self._pixels(indices, self._draw(len(indices), generator).to(indices.device))
-
     def _crop(self, indices: Tensor, drawn: Tensor) -> Tensor:
-        return self.normalise(self._pixels(indices, drawn))
-
-    def _pixels(self, indices: Tensor, drawn: Tensor) -> Tensor:
         top, left, flip = drawn
         crops = self._windows[indices, top, left]  # (B, 3, H, W)
         return torch.where(flip.view(-1, 1, 1, 1).bool(), crops.flip(3), crops)
@@ -81,22 +74,12 @@ class FileBatches:
 
     Training sees a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3) at `size`, flipped or not.
     Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. All random numbers are drawn
-    before an image is handed to a thread, so the number of threads changes nothing.
-
-    Args:
-        data: the set, its images `ImageFiles`.
-        device: of the batches.
-        threads: that decode; default: one a core.
-
-    Attributes:
-        labels: int64 (N,), on the device.
+    before an image is handed to a thread (default: one a core), so the number of threads changes nothing.
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", threads: int | None = None):
-        from torchvision.transforms.v2 import functional  # slow
-
-        self._functional, self._files, self._size = functional, data.images, data.images.size
-        self.labels = torch.from_numpy(np.array(data.labels)).to(device)
+        self._files, self._size = data.images, data.images.size
+        self.labels = torch.from_numpy(np.array(data.labels)).to(device)  #: int64 (N,), on the device
         self._threads = ThreadPoolExecutor(threads or count_cores(), initializer=torch.set_num_threads, initargs=(1,))
         small = self._size <= 32  # CIFAR's statistics, else ImageNet's
         statistics = (CHANNEL_MEAN, CHANNEL_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
@@ -134,15 +117,15 @@ class FileBatches:
 
     def _part(self, index: int, drawn: list[float]) -> Tensor:
         image = self._files[index]
-        top, left, height, width = random_box(*image.size, drawn[1:])
-        pixels = self._functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        pixels = self._functional.resize(pixels, [self._size, self._size], antialias=True)
+        top, left, height, width = random_box(image.width, image.height, drawn[1:])
+        pixels = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        pixels = F.resize(pixels, [self._size, self._size], antialias=True)
         return pixels.flip(2) if drawn[0] < 0.5 else pixels
 
     def _middle(self, index: int) -> Tensor:
-        pixels = self._functional.pil_to_tensor(self._files[index])
-        pixels = self._functional.resize(pixels, [math.ceil(self._size * 256 / 224)], antialias=True)
-        return self._functional.center_crop(pixels, [self._size, self._size])
+        pixels = F.pil_to_tensor(self._files[index])
+        pixels = F.resize(pixels, [math.ceil(self._size * 256 / 224)], antialias=True)
+        return F.center_crop(pixels, [self._size, self._size])
 
 
 class _Normalise:

@@ -24,11 +24,7 @@ SHOWN = 10  # names in a message
 
 
 def data_folder() -> Path:
-    """The folder of full data sets: ``$MLLMFL_DATA``, or one in the user's cache.
-
-    Raises:
-        ValueError: the variable names no folder.
-    """
+    """The folder of full data sets: ``$MLLMFL_DATA``, or one in the user's cache."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if not chosen:
         return Path.home() / ".cache" / "mllmfl_lite"
@@ -45,11 +41,7 @@ def find_folder(name: str) -> Path:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 text file that are not blank, without blanks around them, with their numbers.
-
-    Raises:
-        ValueError: the file is absent or not UTF-8.
-    """
+    """The lines of a UTF-8 text file that are not blank, without blanks around them, with their numbers."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,8 +52,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 def read_list(path: str | Path) -> tuple[list[str], np.ndarray]:
     """Read a list file with a line ``path label`` each: paths (N,), and labels, int64 (N,).
 
-    Raises:
-        ValueError: no such file, no lines, or a line of another form, which is named.
+    No lines, or a line of another form (it is named), is a `ValueError`.
     """
     paths, labels = [], []
     for number, line in read_lines(Path(path)):
@@ -107,13 +98,7 @@ def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
 
     Hidden files and folders are skipped. Files are chosen by ending or by their first bytes, and opened when needed.
     What has an image's ending and is no regular file is skipped with a warning, as are folders that lead in a circle.
-
-    Args:
-        folder: that holds the images.
-        size: pixels a side at which training sees them.
-
-    Raises:
-        ValueError: no such folder, or no image in it.
+    Training sees the images at `size` pixels a side.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -123,14 +108,16 @@ def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
         warnings.warn(f"skipped, no regular files or folders: {_some(skipped)}", stacklevel=2)
     if not found:
         raise ValueError(f"{folder} holds no image; known endings: {' '.join(ENDINGS)}")
-    files = ImageFiles(folder, sorted(path.relative_to(folder).as_posix() for path in found), size)
+    paths = sorted(path.relative_to(folder).as_posix() for path in found)
+    files = ImageFiles(folder, np.array(paths, dtype=object), size)
     return ImageSet(files, np.zeros(len(files), np.int64), UNLABELLED, folder.name)
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images below a folder, in no order, and what was skipped. Each folder is entered once, links last."""
-    images, skipped, entered = [], [], set()
-    folders, links = [folder], []
+    images: list[Path] = []
+    skipped: list[Path] = []
+    folders, links, entered = [folder], list[Path](), set[str]()
     while waiting := folders or links:
         place = waiting.pop()
         try:
@@ -150,7 +137,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, sorted(skipped)
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str | Path]) -> str:
     """The first names of a list, and how many more there are."""
     shown = [printable(name) for name in names]
     return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else "")

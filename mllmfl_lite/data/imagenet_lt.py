@@ -7,6 +7,8 @@ same form has its class names in ``imagenet_lt/classes.txt``, a line each.
 
 from __future__ import annotations
 
+import numpy as np
+
 from mllmfl_lite.data.folders import data_folder, read_lines, read_list, require_files
 from mllmfl_lite.data.images import ImageFiles, ImageSet
 
@@ -14,11 +16,7 @@ IMAGENET_LT = {"train": 115_846, "val": 20_000, "test": 50_000}  # images in eac
 
 
 def load_imagenet_lt(part: str, size: int) -> ImageSet:
-    """One part, as files that are opened when needed; `folders.find_unreadable` opens them all.
-
-    Raises:
-        ValueError: a list or listed files are absent, or lists and class names do not fit.
-    """
+    """One part, as files that are opened when needed; `folders.find_unreadable` opens them all."""
     folder = data_folder()
     listed, classes = folder / "imagenet_lt" / f"ImageNet_LT_{part}.txt", folder / "imagenet_lt" / "classes.txt"
     paths, labels = read_list(listed)
@@ -30,7 +28,7 @@ def load_imagenet_lt(part: str, size: int) -> ImageSet:
         )
     if labels.max() >= len(names):
         raise ValueError(f"{listed} has the class number {labels.max()}, but there are {len(names)} class names")
-    files = ImageFiles(folder / "imagenet", paths, size)
+    files = ImageFiles(folder / "imagenet", np.array(paths, dtype=object), size)
     own = "" if classes.exists() else f" and name the classes in {classes}, since the list is then one of your own"
     require_files(files, f"Put them there; or take their lines out of {listed}{own}")
     return ImageSet(files, labels, names, f"imagenet_lt/{part}")

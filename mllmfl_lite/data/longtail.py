@@ -12,9 +12,6 @@ def long_tail_counts(num_classes: int, max_per_class: int, imbalance_factor: flo
 
     The exponential profile of the CIFAR-LT benchmarks (Cao et al., 2019): class 0 has the most images, the last class
     the fewest; their ratio is the imbalance factor.
-
-    Raises:
-        ValueError: no class or no image, or an imbalance factor below 1.
     """
     if num_classes < 1 or max_per_class < 1:
         raise ValueError(f"a long tail needs a class and an image; got {num_classes} classes of {max_per_class} images")
@@ -31,10 +28,8 @@ def long_tail_counts(num_classes: int, max_per_class: int, imbalance_factor: flo
 def long_tail_subset(labels: np.ndarray, num_classes: int, imbalance_factor: float, seed: int) -> np.ndarray:
     """Indices, rising, of a random subset with `long_tail_counts` images of each class: int64 (n,).
 
-    Class 0 keeps as many images as the smallest class has, so a balanced set keeps all of it.
-
-    Raises:
-        ValueError: a class without labels, labels outside the classes, or a tail that rounds down to no image.
+    Class 0 keeps as many images as the smallest class has, so a balanced set keeps all of it. A tail that rounds down
+    to no image is a `ValueError`.
     """
     available = count_labels(labels, num_classes)
     if available.min() == 0:
@@ -52,27 +47,17 @@ def long_tail_subset(labels: np.ndarray, num_classes: int, imbalance_factor: flo
 
 
 def balanced_subset(labels: np.ndarray, num_classes: int, total: int, seed: int) -> np.ndarray:
-    """Indices, rising, of `total` random images, as many of each class (the first classes take one more): int64 (n,).
-
-    Raises:
-        ValueError: a class has too few images.
-    """
+    """Indices, rising, of `total` random images, as many of each class (one more of the first): int64 (n,)."""
     counts = [total // num_classes + (c < total % num_classes) for c in range(num_classes)]
     smallest = count_labels(labels, num_classes).min()
     if smallest < max(counts):
-        raise ValueError(
-            f"{total} images over {num_classes} classes are up to {max(counts)} of each; the smallest class has "
-            f"{smallest}"
-        )
+        most = f"{total} images over {num_classes} classes are up to {max(counts)} of each"
+        raise ValueError(f"{most}; the smallest class has {smallest}")
     return _draw(labels, counts, numpy_generator(seed, "balanced"))
 
 
 def few_labels(labels: np.ndarray, num_classes: int, share: float, seed: int) -> np.ndarray:
-    """Indices, rising, of a share of all images, as many of each class: int64 (n,).
-
-    Raises:
-        ValueError: the share is not in (0, 1], or leaves a class without an image.
-    """
+    """Indices, rising, of a share in (0, 1] of all images, as many of each class, at least one: int64 (n,)."""
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1]; got {share}")
     total = round(share * len(labels))

@@ -33,17 +33,13 @@ def metrics_from_confusion(confusion: np.ndarray, groups: dict[str, list[int]]) 
     """Accuracies in [0, 1] from a confusion matrix (C, C) and lists of classes, as a run's history has them.
 
     `top1` is the share of all images named correctly; `per_class` the same for each class, None if it has no image;
-    `groups` the mean of `per_class` over each list, None if that is empty.
-
-    Raises:
-        ValueError: the matrix counts no image.
+    `groups` the mean of `per_class` over each list, None if that is empty. A matrix without images is a `ValueError`.
     """
     total = confusion.sum()
     if total == 0:
         raise ValueError("no test image: the confusion matrix is empty")
     per_class = [float(confusion[c, c] / n) if n else None for c, n in enumerate(confusion.sum(1))]
-    members = {name: [per_class[c] for c in classes if per_class[c] is not None] for name, classes in groups.items()}
-    means = {name: float(np.mean(values)) if values else None for name, values in members.items()}
+    means = {name: _mean([per_class[c] for c in classes]) for name, classes in groups.items()}
     return {"top1": float(np.trace(confusion) / total), "per_class": per_class, "groups": means}
 
 
@@ -52,10 +48,8 @@ def evaluate_model(
 ) -> dict:
     """`metrics_from_confusion` of a model on `test`; the model is moved to the device.
 
-    The clients' images a class, `train_counts` (C,), make the class groups.
-
-    Raises:
-        ValueError: the test set has no image, or other classes than the model knows by name.
+    The clients' images a class, `train_counts` (C,), make the class groups. A test set without images, or of other
+    classes than the model knows by name, is a `ValueError`.
     """
     test.require_same_classes(model)
     guesses = predict(model.to(device), open_batches(test, device)).cpu().numpy()
@@ -80,4 +74,5 @@ def summarise(history: list[dict], last: int = 10) -> dict:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else float(np.mean(values))
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000
 MAX_BYTES = 1_000_000_000
@@ -17,39 +18,27 @@ MAX_RATIO = 50  # of the longer side to the shorter
 PNG = b"\x89PNG\r\n\x1a\n"
 SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")  # of an ftyp box, in which videos begin as well
-TURNS = {  # EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_picture(content: bytes | Path, name: str) -> Image.Image:
-    """Open an image as upright RGB, the first frame if it moves.
+    """Open an image file, or its bytes, as upright RGB, the first frame if it moves; `name` is used in messages.
 
     Transparent pixels become white. 16-bit, 32-bit and float grey is scaled from darkest to brightest.
-
-    Args:
-        content: the file, or its bytes.
-        name: used in messages.
 
     Raises:
         ValueError: unreadable, truncated, tiny, oversized, very thin, or with pixels that are not numbers.
     """
     name = printable(name)
     try:
-        data = content if isinstance(content, bytes) else _read(Path(content))
+        data = content if isinstance(content, bytes) else _read(content)
         with Image.open(io.BytesIO(_without_metadata(data))) as image:
             _check(image)
-            turned = TURNS.get(_orientation(image))
+            image.load()
+            with contextlib.suppress(Exception):  # broken metadata raises many kinds, and the pixels are whole
+                ImageOps.exif_transpose(image, in_place=True)
             if data.startswith(PNG):
                 _mend_transparency(image, depth=data[24])
-            rgb = _as_rgb(image)
-        return rgb.transpose(turned) if turned is not None else rgb
+            return _as_rgb(image)
     except _Refused as error:
         raise ValueError(f"{name} {error}") from None
     except UnidentifiedImageError:
@@ -62,7 +51,7 @@ class _Refused(ValueError):
     """A rule of ours, not a decoder's error."""
 
 
-def printable(name: str) -> str:
+def printable(name: str | Path) -> str:
     """The name with line breaks, and bytes that are no UTF-8, escaped."""
     return repr(str(name))[1:-1]
 
@@ -103,14 +92,6 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 (upright) if the metadata is broken."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # broken metadata raises many kinds, and the pixels are whole
-        return 1
-
-
 def _mend_transparency(image: Image.Image, depth: int) -> None:
     """Pillow scales a PNG's pixels to 8 bits, but not its transparent colour."""
     colour = image.info.get("transparency")
@@ -138,9 +119,7 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     seen = values[~clear]
     low, high = (seen.min(), seen.max()) if seen.size else (0.0, 0.0)
     if low < high:
-        values -= low
-        values /= high - low
-        values *= 255
+        values = (values - low) / (high - low) * 255
     elif image.mode.startswith("I;16"):
         values /= 257
     values[clear] = 255
