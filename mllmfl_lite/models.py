@@ -161,7 +161,9 @@ def load_model(path: str | Path) -> CompactModel:
         model.load_state_dict(state)
         model.names = tuple(about.get("names", ()))
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds no model written by save_model ({error})") from error
+        raise ValueError(
+            f"{path} holds no model written by save_model ({error}); name another file, or remove it and make it again"
+        ) from error
     if about.pop("sha256", None) not in (None, _checksum(about, state)):
         raise ValueError(f"{path} is damaged: its content does not fit its checksum; remove it and make it again")
     return model
