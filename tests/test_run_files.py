@@ -99,6 +99,13 @@ def test_committed_results_have_the_parameters_of_their_files():
     assert checked > 150 or not committed()
 
 
+def test_a_later_file_replaces_single_keys_of_a_block(tmp_path):
+    (tmp_path / "world.yaml").write_text("dataset: cifar10_mini\nfederated: {rounds: 3, lr: 0.1}\n")
+    (tmp_path / "method.yaml").write_text("method: fedprox\nmethod_options: {mu: 0.5}\nfederated: {lr: 0.3}\n")
+    (run,) = read_runs([tmp_path / "world.yaml"], [tmp_path / "method.yaml"])
+    assert (run.experiment.federated.rounds, run.experiment.federated.lr) == (3, 0.3)
+
+
 def test_committed_results_are_whole():
     """Parameters that make an experiment, a summary recomputed from the history, a clean revision, three seeds."""
     seeds = {}
@@ -129,7 +136,7 @@ def test_committed_results_are_whole():
         ("ruonds: 20", "'ruonds' is no setting; there are"),
         ("rounds: 20", "'rounds' is no setting; write it inside federated, pretrain or align"),
         ("federated: {rounds: 2.5}", "federated.rounds: must be a valid integer; got 2.5"),
-        ("align: 1", "align: must be an instance of AlignSettings; got 1"),
+        ("align: 1", "align: must be a block of settings; got 1"),
         ("dataset: 10", "dataset: must be"),
         ("width: 5\nwidth: 6", "cannot be read: the key 'width' stands twice; keep one of them"),
         ("federated: {lr: 0.1, lr: 0.2}", "the key 'lr' stands twice"),
@@ -258,7 +265,7 @@ def test_papermill_takes_the_files_without_us_and_makes_the_same_run(tmp_path, t
     (result,) = load_results(tmp_path)
     assert finished(run.result(tmp_path), run.experiment) == result and result["label"] == "y"
     refused = subprocess.run([*papermill, "-p", "align", "false"], capture_output=True, text=True, check=False)
-    assert refused.returncode and "align: must be an instance of AlignSettings; got 'false'" in refused.stderr
+    assert refused.returncode and "align: must be a block of settings; got 'false'" in refused.stderr
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):

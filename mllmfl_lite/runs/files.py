@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Read fields of `Experiment` from YAML files; a key in a later file replaces the same key in an earlier one.
+    """Read fields of `Experiment` from YAML files; a later file's key replaces an earlier one's, also inside a block.
 
     Raises:
         ValueError: names each file that cannot be read, and each key that is no setting.
@@ -58,7 +58,9 @@ def _merge(paths: Sequence[str | Path]) -> tuple[dict[str, Any], dict[str, Path]
         for key in [key for key in given if key not in SETTINGS][:10]:
             advice = "write it inside federated, pretrain or align" if key in INSIDE else f"there are {SETTINGS}"
             problems.append(f"{path}: {key!r:.60} is no setting; {advice}")
-        values |= given
+        for key, value in given.items():  # a block keeps the keys that a later file does not name
+            both = isinstance(value, dict) and isinstance(values.get(key), dict)
+            values[key] = {**values[key], **value} if both else value
         sources |= dict.fromkeys(given, path)
     if problems:
         raise ValueError("\n".join(problems))
