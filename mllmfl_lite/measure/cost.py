@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllmfl_lite.data.batches import open_batches
+from mllmfl_lite.data.batches import Batches, open_batches
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.federated import FedAvg, FedSettings, State, Task, train_client
 from mllmfl_lite.models import CompactModel
@@ -22,19 +24,13 @@ from mllmfl_lite.repro import torch_generator
 
 @dataclass(frozen=True)
 class ClientCost:
-    """What a drawn client spends in one round.
+    """What a drawn client spends in one round."""
 
-    Attributes:
-        bytes_up: sent: weights, and the method's upload.
-        bytes_down: received.
-        flops: floating-point operations; a multiplication and an addition are two.
-        memory: bytes at the peak: weights received and trained, what training allocates, and CLIP's weights if the
-            method needs CLIP. Images are not counted.
-    """
-
-    bytes_up: int
-    bytes_down: int
-    flops: int
+    bytes_up: int  #: sent, weights and the method's upload
+    bytes_down: int  #: received
+    flops: int  #: floating-point operations; a multiplication and an addition are two
+    #: bytes at the peak, weights received and trained, what training allocates, and CLIP's weights if the method needs
+    #: CLIP; images are not counted
     memory: int
 
 
@@ -45,7 +41,7 @@ def client_cost(
 
     A CLIP is counted once for each of the client's images; a client that caches its answers pays less later.
     """
-    model, batches = copy.deepcopy(model), open_batches(train)
+    model, batches = copy.deepcopy(model), cast(Batches, open_batches(train))
     state = {name: t.clone() for name, t in model.state_dict().items()}
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     received = method.broadcast(method.init_server_state(parameters, torch_generator(0, "memory")))
@@ -75,9 +71,10 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak, self._held = 0, {}  # bytes by storage
+        self.peak = 0
+        self._held: dict[int, int] = {}  # bytes by storage
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

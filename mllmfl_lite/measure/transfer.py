@@ -30,14 +30,8 @@ def linear_probe(
 ) -> Tensor:
     """Linear probe: predictions (M,) of a linear classifier on frozen features.
 
-    Multinomial logistic regression on features of unit variance, solved by L-BFGS, without randomness.
-
-    Args:
-        features: float (N, D), to learn from.
-        labels: int64 (N,).
-        test_features: float (M, D), to classify.
-        num_classes: C.
-        decay: weight of the squared norm of the C x D matrix.
+    Multinomial logistic regression on features (N, D) of unit variance, solved by L-BFGS, without randomness; it
+    classifies `test_features` (M, D). `decay` weighs the squared norm of the matrix.
     """
     if len(features) != len(labels) or not len(labels):
         raise ValueError(f"one label a feature, at least one: {len(features)} features, {len(labels)} labels")
@@ -66,16 +60,9 @@ def finetune(
     seed: int = 0,
     execution: Execution | None = None,
 ) -> FedResult:
-    """Train all weights on the labelled images: a federation of one client, a round an epoch.
+    """Train all weights of a copy on the images at `labelled` (n,): a federation of one client, a round an epoch.
 
-    Args:
-        model: the initial weights; not changed.
-        train: the images.
-        labelled: indices of those with labels, int64 (n,).
-        test: the images to test on.
-        settings: `rounds` are epochs; lr, batch size, tests.
-        seed: of batches and augmentation.
-        execution: checkpoint folder, device, label.
+    The seed decides batches and augmentation.
     """
     return run_federated(model, Federation(train, [labelled], test), None, settings, seed, execution)
 

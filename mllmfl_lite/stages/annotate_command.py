@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 from pathlib import Path
 
 from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.data.pictures import printable
 from mllmfl_lite.repro import write_json
-from mllmfl_lite.stages.annotate import Summary, annotate, choose_prompts
+from mllmfl_lite.stages.annotate import annotate, choose_prompts
 from mllmfl_lite.stages.backends import Backend, TransformersBackend
 from mllmfl_lite.stages.endpoint import EndpointBackend
 from mllmfl_lite.stages.filters import filter_records
 from mllmfl_lite.stages.llava_format import to_llava
+from mllmfl_lite.stages.records import require_regular
 from mllmfl_lite.teachers.clip import load_clip
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS, PROMPTS, load_prompts
@@ -58,7 +59,10 @@ def run(chosen: argparse.Namespace) -> int:
     clip = load_clip(chosen.clip, device=chosen.device) if chosen.min_similarity is not None else None
     summary = annotate(pool, _backend(chosen), f"{chosen.out}.jsonl", [*kinds], prompts, print, chosen.retry_rejected)
     print(f"{len(pool)} images, {summary.written} new records in {summary.seconds:.0f} s")
-    _tell_rejected(summary, chosen.out)
+    for name, reason in list(summary.rejected.items())[:SHOWN]:
+        print(f"no text for {printable(name)}: {reason}")
+    if lacking := len(summary.rejected):
+        print(f"images that lack a text: {lacking}, see {chosen.out}.rejected.json; --retry-rejected asks again")
     result = filter_records(summary.records, pool, clip, chosen.min_similarity)
     print(f"filters: {result.counts}")
     try:
@@ -85,9 +89,8 @@ def _check(chosen: argparse.Namespace) -> None:
         raise ValueError(f"--min-similarity is a cosine, between -1 and 1; got {chosen.min_similarity}")
     if not Path(chosen.out).name or chosen.out.endswith("/"):
         raise ValueError(f"--out must end in a name, such as my_folder/annotations; got {chosen.out!r}")
-    exported = f"{chosen.out}.llava.json"
-    if os.path.exists(exported) and not os.path.isfile(exported):
-        raise ValueError(f"{exported} is not a regular file; choose another name")
+    with contextlib.suppress(OSError):  # a name that is too long is said when it is written
+        require_regular(Path(f"{chosen.out}.llava.json"))
 
 
 def _backend(chosen: argparse.Namespace) -> Backend:
@@ -98,10 +101,3 @@ def _backend(chosen: argparse.Namespace) -> Backend:
         print("note: tiny-llava is a stand-in that saw 32 x 32 pixels of CIFAR's classes; --mllm names a real model")
     teacher = load_mllm(chosen.mllm or "tiny_llava", chosen.device, chosen.dtype, chosen.batch_size)
     return TransformersBackend(teacher, chosen.max_new_tokens)
-
-
-def _tell_rejected(summary: Summary, out: str) -> None:
-    for name, reason in list(summary.rejected.items())[:SHOWN]:
-        print(f"no text for {printable(name)}: {reason}")
-    if summary.rejected:
-        print(f"images that lack a text: {len(summary.rejected)}, see {out}.rejected.json; --retry-rejected asks again")

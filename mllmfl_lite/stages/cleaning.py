@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import re
-import string
 from urllib.parse import quote, unquote
 
 PIECE = 8  # characters
@@ -15,7 +14,6 @@ _THOUGHT = re.compile(  # <think>, </think>, [THINK], ◁think▷ and their like
 )
 _WRAP = re.compile(r"</?(?:answer|response|output)>|<\|(?:begin|end)_of_(?:box|solution)\|>", re.I)
 _CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
-_LOWER = {ord(c): c.lower() for c in string.ascii_uppercase}  # as many characters as before
 _LOGIN = re.compile(r"(?<=://)[^\s/?#]{1,1000}@")
 _QUERY = re.compile(r"([?&][^=&?\s]{0,40}(?:key|token|secret|sig|password)[^=&?\s]{0,40}=)[^&\s]+", re.I)
 
@@ -51,35 +49,24 @@ class Mask:
 
     Secrets are found in other spellings (percent-encoded, base64, ...) and in pieces of eight characters, since servers
     shorten what they repeat. A shorter one is found where it stands alone, unless it is a word, such as "EMPTY".
-
-    Args:
-        key: the API key; empty if there is none.
-        url: an address that may hold ``user:password@``.
     """
 
     def __init__(self, key: str, url: str = ""):
         login = url.partition("://")[2].rpartition("@")[0]
         secrets = {key, login, unquote(login), login.partition(":")[2], unquote(login.partition(":")[2])}
-        secrets = {secret for secret in secrets if len(secret) >= PIECE or not (secret.isalpha() or secret == "")}
-        forms = {form for secret in secrets for form in _spellings(secret)}
-        alone = [rf"(?<![a-z0-9]){re.escape(f)}(?![a-z0-9])" for f in forms if len(f) < PIECE or f.isalpha()]
-        whole = [re.escape(form) for form in sorted(forms, key=len, reverse=True) if len(form) >= PIECE]
+        secrets = {secret for secret in secrets if secret and (len(secret) >= PIECE or not secret.isalpha())}
+        forms = sorted({form for secret in secrets for form in _spellings(secret)}, key=len, reverse=True)
+        whole = [re.escape(form) for form in forms if len(form) >= PIECE]
+        alone = [rf"(?<![a-z0-9]){re.escape(form)}(?![a-z0-9])" for form in forms if len(form) < PIECE]
         self._whole = re.compile("|".join(whole + alone) or "(?!)", re.I)
-        pieces = {form[i : i + PIECE].lower() for form in forms for i in range(len(form) - PIECE + 1)}
-        self._pieces = {piece for piece in pieces if not piece.isalpha()}  # letters alone may be any word
+        pieces = {form[i : i + PIECE] for form in forms for i in range(len(form) - PIECE + 1)}
+        some = "|".join(re.escape(piece) for piece in sorted(pieces) if not piece.isalpha())  # letters: any word
+        self._pieces = re.compile(rf"(?:(?={some}).)+.{{{PIECE - 1}}}" if some else "(?!)", re.I | re.S)
 
     def __call__(self, text: str) -> str:
         """The text without secrets."""
         text = _QUERY.sub(r"\1***", _LOGIN.sub("***@", self._whole.sub("***", text)))
-        if not self._pieces:
-            return text
-        lower, kept, end = text.translate(_LOWER), [], 0
-        for i in range(len(text) - PIECE + 1):
-            if lower[i : i + PIECE] in self._pieces:
-                if i >= end:
-                    kept += [text[end:i], "***"]
-                end = i + PIECE
-        return "".join([*kept, text[end:]])
+        return self._pieces.sub("***", text)
 
 
 def _spellings(secret: str) -> set[str]:

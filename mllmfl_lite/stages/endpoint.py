@@ -30,8 +30,9 @@ SMALL = 64  # pixels; smaller images are sent without loss
 class EndpointBackend:
     """Answers from vLLM, `transformers serve`, a GPT-4-class service, or the like.
 
-    Busy servers (408, 409, 425, 429, 5xx) and lost connections are asked again, after as long as ``Retry-After`` says.
-    The key comes from the environment variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
+    Busy servers (408, 409, 425, 429, 5xx) and lost connections are asked again, after as long as ``Retry-After`` says,
+    `retries` times for one answer; under a rate limit they count anew whenever another answer came. The key comes from
+    the environment variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
 
     Args:
         url: e.g. ``"http://localhost:8000/v1"``.
@@ -39,7 +40,7 @@ class EndpointBackend:
         max_new_tokens: where an answer is cut off.
         concurrency: requests at a time; so many images are open.
         timeout: seconds to wait for one answer.
-        retries: further attempts for one answer; under a rate limit they count anew whenever another answer came.
+        retries: see above.
         max_side: pixels; larger images are made smaller before they are sent.
         pause: waits so many seconds before a further attempt; returns True if the run has ended meanwhile.
 
@@ -87,40 +88,34 @@ class EndpointBackend:
     def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
         """As the server sends them, `concurrency` requests at a time; those under way are awaited if the run ends."""
         questions = (question for batch in batches for question in batch)
-        waiting: queue.Queue[Question | None] = queue.Queue()
         done: queue.Queue[tuple[Question, Answer | Exception]] = queue.Queue()
         self._stop = threading.Event()
 
-        def work() -> None:
-            for question in iter(waiting.get, None):
-                try:
-                    done.put((question, self._ask(question, open_image)))
-                except Exception as error:
-                    done.put((question, error))
+        def work(question: Question) -> None:
+            try:
+                done.put((question, self._ask(question, open_image)))
+            except Exception as error:
+                done.put((question, error))
 
         running, failed = 0, None
         try:
-            for question in itertools.islice(questions, self.concurrency):
-                threading.Thread(target=work, daemon=True).start()  # a daemon: Ctrl-C does not wait for the server
-                waiting.put(question)
-                running += 1
-            while running:
+            while True:
+                for question in itertools.islice(questions, 0 if failed else self.concurrency - running):
+                    threading.Thread(target=work, args=(question,), daemon=True).start()  # Ctrl-C does not wait for it
+                    running += 1
+                if not running:
+                    break
                 question, answer = done.get()
+                running -= 1
                 if isinstance(answer, Exception):
                     failed = failed or answer
                     self._stop.set()
                 elif not (failed and answer.fault == "server"):
                     yield question, answer
-                following = None if failed else next(questions, None)
-                waiting.put(following)
-                if following is None:
-                    running -= 1
             if failed:
                 raise failed
         finally:
             self._stop.set()
-            for _ in range(running):
-                waiting.put(None)
 
     def _ask(self, question: Question, open_image: Open) -> Answer:
         """One answer, after as many attempts as there may be."""

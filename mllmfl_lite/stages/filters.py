@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -41,12 +41,7 @@ FILTERS = {"empty": is_empty, "cut-off": is_cut_off, "looping": is_looping}
 
 @dataclass(frozen=True)
 class Filtered:
-    """What passed, and what each filter took (the first that objects counts).
-
-    Attributes:
-        kept: the records that passed.
-        dropped: for each filter the records that it took.
-    """
+    """What passed, and what each filter took (the first that objects counts)."""
 
     kept: list[Record]
     dropped: dict[str, list[Record]]
@@ -75,13 +70,9 @@ def filter_records(
     clip: ClipTeacher | None = None,
     min_similarity: float | None = None,
 ) -> Filtered:
-    """Leave out what is empty, cut off, looping or, judged by CLIP, not about its image.
+    """Leave out what is empty, cut off, looping or not about its image.
 
-    Args:
-        records: what was written.
-        pool: the images; needed for the last filter, as are the two below.
-        clip: compares image and text.
-        min_similarity: the smallest cosine that passes, in [-1, 1]; None turns the filter off.
+    The last filter needs the pool of images, a CLIP and the smallest cosine that passes, in [-1, 1]; None turns it off.
     """
     kept: list[Record] = []
     dropped: dict[str, list[Record]] = {reason: [] for reason in FILTERS}
@@ -89,21 +80,20 @@ def filter_records(
         reason = next((reason for reason, objects in FILTERS.items() if objects(record)), None)
         (dropped[reason] if reason else kept).append(record)
     if min_similarity is not None:
-        if not (math.isfinite(min_similarity) and -1 <= min_similarity <= 1):
+        if not -1 <= min_similarity <= 1:
             raise ValueError(f"min_similarity is a cosine, between -1 and 1; got {min_similarity}")
         if clip is None or pool is None:
             raise ValueError("the off-image filter needs clip= and pool=; or leave min_similarity at None")
-        cosines = similarities(kept, pool, clip)
-        dropped["off-image"] = [r for r, cosine in zip(kept, cosines, strict=True) if cosine < min_similarity]
-        kept = [r for r, cosine in zip(kept, cosines, strict=True) if cosine >= min_similarity]
+        judged = list(zip(kept, similarities(kept, pool, clip), strict=True))
+        dropped["off-image"] = [record for record, cosine in judged if cosine < min_similarity]
+        kept = [record for record, cosine in judged if cosine >= min_similarity]
     return Filtered(kept, dropped)
 
 
 def similarities(records: Sequence[Record], pool: ImageSet, clip: ClipTeacher) -> list[float]:
     """CLIP's cosine between each record's text and its image. Each image is encoded once; they are opened one by one.
 
-    Raises:
-        ValueError: a record about an image that is not in the pool, or can no longer be opened.
+    A record about an image that is not in the pool, or can no longer be opened, is a `ValueError`.
     """
     place = {name: i for i, name in enumerate(pool.ids)}
     ids = list(dict.fromkeys(record.id for record in records))
@@ -111,6 +101,7 @@ def similarities(records: Sequence[Record], pool: ImageSet, clip: ClipTeacher) -
         raise ValueError(f"{len(missing)} images of the records are not in the pool, such as {missing[0]!r}")
     if not ids:
         return []
-    features = dict(zip(ids, clip.features(pool.images[np.array([place[name] for name in ids])]), strict=True))
+    images = cast(Sequence, pool.subset(np.array([place[name] for name in ids])).images)
+    features = dict(zip(ids, clip.features(images), strict=True))
     texts = clip.text_features([record.text for record in records])
     return [float(features[record.id] @ text) for record, text in zip(records, texts, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,15 +34,12 @@ SCHEDULES = {
 def alpha_at(step: int, steps: int, schedule: str = "linear", ramp: float = 1.0, end: float = 1.0) -> float:
     """The compact model's weight in step 0, ..., `steps` - 1: it rises from 0 to `end`, then stays there.
 
-    Args:
-        schedule: ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or an ablation, ``"constant"``: always `end`.
-        ramp: share of the steps in which alpha rises.
-        end: 1 removes CLIP.
+    `schedule` is ``"linear"``, ``"cosine"``, ``"step"`` (four stairs), or an ablation, ``"constant"``: always `end`.
+    `ramp` is the share of the steps in which alpha rises. An `end` of 1 removes CLIP.
 
     Source: the paper has alpha rise from 0 to 1; the shapes are our reading.
     """
-    progress = min(1.0, step / max(1, ramp * (steps - 1)))
-    return end * SCHEDULES[schedule](progress)
+    return end * SCHEDULES[schedule](min(1.0, step / max(1, ramp * (steps - 1))))
 
 
 class CompactEncoder(nn.Module):
@@ -64,7 +61,7 @@ class CompactEncoder(nn.Module):
     @torch.no_grad()
     def start_like(self, x: Tensor, visual: Tensor) -> None:
         """Give P_s's tokens of images (B, 3, H, W) the mean and spread of the MLLM's own visual tokens (B, P, H)."""
-        last, statistics = self.projection[-1], copy.deepcopy(self.state_dict())
+        last, statistics = cast(nn.Linear, self.projection[-1]), copy.deepcopy(self.state_dict())
         compact = self.train()(x)
         self.load_state_dict(statistics)  # this pass must not move BatchNorm's averages
         wanted, mean = visual.mean((0, 1)), compact.mean((0, 1))
@@ -91,24 +88,20 @@ def new_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(seed, "projection"))
         encoder = CompactEncoder(copy.deepcopy(model), grid, reader.hidden)
-    encoder.to(device, memory_format=torch.channels_last)
-    rng = numpy_generator(seed, "start")
-    where = np.sort(rng.permutation(np.unique(texts.image))[:START_IMAGES])
-    visual = reader.project(views.tokens(where)).float().to(device)
-    encoder.start_like(views.compact(where, None), visual)
+    encoder.to(device).to(memory_format=torch.channels_last)
+    images = numpy_generator(seed, "start").permutation(np.unique(texts.image))[:START_IMAGES]
+    visual = reader.project(views.tokens(np.sort(images))).float().to(device)
+    encoder.start_like(views.compact(np.sort(images), None), visual)
     return encoder
 
 
 class FrozenReader:
-    """The frozen half: an MLLM's projector P_clip and its language model.
-
-    `gradient_checkpointing`: see `PretrainSettings`.
-    """
+    """The frozen half: an MLLM's projector P_clip and its language model. For checkpointing see `PretrainSettings`."""
 
     def __init__(self, mllm: MllmTeacher, gradient_checkpointing: bool = False):
-        self.model = mllm.model
-        self.image_token = mllm.model.config.image_token_index
-        self.hidden = mllm.model.config.text_config.hidden_size
+        self.model = cast(Any, mllm.model)
+        self.image_token: int = self.model.config.image_token_index
+        self.hidden: int = self.model.config.text_config.hidden_size
         language = self.model.model.language_model
         if gradient_checkpointing:
             language.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,7 +118,7 @@ class FrozenReader:
         The visual tokens (B, P, H) are placed where ids (B, L) has image tokens, P a row.
         """
         words = self.model.get_input_embeddings()(ids)
-        words = words.masked_scatter((ids == self.image_token)[..., None], visual.to(words.dtype))
+        words = words.masked_scatter((ids == self.image_token).unsqueeze(-1), visual.to(words.dtype))
         hidden = self.model.model.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
         learned = labels[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][learned])  # of answer tokens alone

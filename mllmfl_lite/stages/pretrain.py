@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data.folders import find_unreadable
@@ -92,23 +94,21 @@ class _Run:
                 f"the compact model trains on {device}, the MLLM is on {self.mllm.device}, the views are on "
                 f"{self.views.device}; give all three the same device"
             )
-        image, kind = self.texts.image, self.texts.kind
+        image, counts = self.texts.image, np.bincount(self.texts.kind, minlength=1)
         if len(image) and image.max() >= len(self.views):
             raise ValueError(f"a text is about image {image.max()}, but there are only {len(self.views)} images")
-        counts = np.bincount(kind, minlength=1)
         if counts.max() < self.batch:
-            raise ValueError(f"{len(kind)} texts do not fill one batch of {self.batch}; lower batch_size")
+            raise ValueError(f"{len(image)} texts do not fill one batch of {self.batch}; lower batch_size")
         if few := int(counts[counts < self.batch].sum()):
             warnings.warn(f"{few} texts are never used: their kind does not fill a batch of {self.batch}", stacklevel=4)
 
     def _open_files(self) -> None:
         """Raise `ValueError` if images cannot be opened: now, not after hours. Each process opens its share."""
-        files, rank = self.views.pool.images, self.accelerator.process_index
-        if isinstance(files, ImageFiles):
-            used = np.unique(self.texts.image)[rank :: self.accelerator.num_processes]
-            if bad := find_unreadable(files[used]):
-                shown = "; ".join(list(bad.values())[:8])
-                raise ValueError(f"{len(bad)} images that texts are about cannot be used: {shown}. Mend or remove them")
+        used = np.unique(self.texts.image)[self.accelerator.process_index :: self.accelerator.num_processes]
+        files = self.views.pool.subset(used).images
+        if isinstance(files, ImageFiles) and (bad := find_unreadable(files)):
+            shown = "; ".join(list(bad.values())[:8])
+            raise ValueError(f"{len(bad)} images that texts are about cannot be used: {shown}. Mend or remove them")
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         return self.texts.batches(self.batch, self.seed, epoch, self.settings.order == "length")
@@ -117,9 +117,8 @@ class _Run:
         """What two runs must share to be the same run."""
         of = self.texts
         texts = repr((of.image.tolist(), of.kind.tolist(), of.questions, of.answers)).encode()
-        numbers = {k: v for k, v in asdict(self.settings).items() if k != "checkpoint_every"}  # type: ignore[call-overload]
         return {
-            **numbers,
+            **{name: value for name, value in asdict(self.settings).items() if name != "checkpoint_every"},
             "seed": self.seed,
             "processes": self.accelerator.num_processes,  # each adds its share to a batch
             "mllm": self.mllm.identity,
@@ -129,7 +128,7 @@ class _Run:
         }
 
     def go(self, found: tuple | None, folder: RunFolder | None) -> Pretrained:
-        settings, batches = self.settings, []
+        settings = self.settings
         if not found:
             self._open_files()
         self.encoder = new_encoder(self.initial, self.mllm, self.views, self.texts, self.seed, self.accelerator.device)
@@ -140,30 +139,27 @@ class _Run:
             self._restore(found, optimizer)
         trained, optimizer = self.accelerator.prepare(self.encoder, optimizer)
         trained.train()
-        started, done = time.perf_counter() - self.seconds, len(self.history)
-        with progress_bar(self.steps, "steps", self.label, done) as bar:
-            for step in range(done, self.steps):
-                epoch, place = divmod(step, self.per_epoch)
-                if place == 0 or not batches:
-                    batches = self._epoch(epoch)
-                self._step(trained, optimizer, batches[place], folder)
+        started, first = time.perf_counter() - self.seconds, len(self.history)
+        rest = itertools.chain.from_iterable(map(self._epoch, range(first // self.per_epoch, settings.epochs)))
+        with progress_bar(self.steps, "steps", self.label, first) as bar:
+            for done, rows in enumerate(itertools.islice(rest, first % self.per_epoch, None), first + 1):
+                self._step(trained, optimizer, rows, folder)
                 self.seconds = time.perf_counter() - started
                 bar.set_postfix_str(f"alpha {self.history[-1]['alpha']:.2f}, loss {self.history[-1]['loss']:.3f}")
                 bar.update()
-                if folder and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == self.steps):
+                if folder and (done % settings.checkpoint_every == 0 or done == self.steps):
                     self._save(folder, optimizer)
         model, projection = self.encoder.model.cpu().eval(), self.encoder.projection.cpu().state_dict()
         model.head.requires_grad_(True)
         return Pretrained(model, projection, self.history, self.seconds)
 
-    def _step(self, trained: nn.Module, optimizer, rows: np.ndarray, folder: RunFolder | None) -> None:
+    def _step(self, trained: nn.Module, optimizer: Optimizer, rows: np.ndarray, folder: RunFolder | None) -> None:
         step, process = len(self.history), self.accelerator.process_index
         alpha = self.settings.alpha(step, self.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = self.settings.rate(step, self.steps)
+        optimizer.param_groups[0]["lr"] = self.settings.rate(step, self.steps)
         rows = rows[process :: self.accelerator.num_processes]
         loss, parts = self._loss(trained, alpha, rows, torch_generator(self.seed, "views", step, 0, process))
-        gradient = length = math.nan
+        length = math.nan
         if math.isfinite(loss.item()):
             self.accelerator.backward(loss)
             gradient = _gradient_norm(self.encoder.model)
@@ -172,11 +168,12 @@ class _Run:
             raise self._diverged(step, rows, folder)
         optimizer.step()
         optimizer.zero_grad()
-        self.history.append(
-            {"step": step, "alpha": round(alpha, 6), "loss": loss.item(), **parts, "gradient": gradient}
-        )
+        record = {"step": step, "alpha": round(alpha, 6), "loss": loss.item(), **parts, "gradient": gradient}
+        self.history.append(record)
 
-    def _loss(self, trained: nn.Module, alpha: float, rows: np.ndarray, generator) -> tuple[Tensor, dict[str, float]]:
+    def _loss(
+        self, trained: nn.Module, alpha: float, rows: np.ndarray, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
         settings, images, device = self.settings, self.texts.image[rows], self.accelerator.device
         ids, labels = (t.to(device) for t in self.texts.tokens(rows, settings.max_answer_tokens))
         tokens = self.views.tokens(images) if alpha < 1 or settings.feature_weight > 0 else None
@@ -195,14 +192,14 @@ class _Run:
             "batch changed no weight; the checkpoint before it is good"
         )
 
-    def _save(self, folder: RunFolder, optimizer) -> None:
+    def _save(self, folder: RunFolder, optimizer: Optimizer) -> None:
         tensors = {f"encoder.{name}": tensor.cpu() for name, tensor in self.encoder.state_dict().items()}
         for number, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": moment.cpu() for name, moment in moments.items()}
         record = {"history": self.history, "seconds": round(self.seconds, 3)}
         folder.save(len(self.history), tensors, record)
 
-    def _restore(self, found: tuple, optimizer) -> None:
+    def _restore(self, found: tuple, optimizer: Optimizer) -> None:
         _, tensors, record = found
         self.encoder.load_state_dict(_within(tensors, "encoder."))
         state = optimizer.state_dict()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -40,4 +42,4 @@ class Views:
         """For the MLLM's projector: float (B, P, D)."""
         if self._stored:
             return torch.from_numpy(self._stored[indices])
-        return self.mllm.tokens(self.pool.subset(indices).images)
+        return self.mllm.tokens(cast(Sequence, self.pool.subset(indices).images))

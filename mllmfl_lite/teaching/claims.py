@@ -14,21 +14,13 @@ COLOURS = ("black", "white", "grey", "red", "orange", "brown", "yellow", "green"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the pixels of an image allow to state; None: nothing.
+    """What the pixels of an image allow to state; None: nothing."""
 
-    Attributes:
-        colour: the main colour of the middle.
-        background: the main colour of the border.
-        plain: whether one colour fills most of the border.
-        light: ``"dark"`` or ``"bright"``.
-        size: ``"small"`` or ``"large"``: how much of the image differs from a plain background.
-    """
-
-    colour: str | None = None
-    background: str | None = None
-    plain: bool = False
-    light: str | None = None
-    size: str | None = None
+    colour: str | None = None  #: the main colour of the middle
+    background: str | None = None  #: the main colour of the border
+    plain: bool = False  #: whether one colour fills most of the border
+    light: str | None = None  #: ``"dark"`` or ``"bright"``
+    size: str | None = None  #: ``"small"`` or ``"large"``, how much of the image differs from a plain background
 
 
 def name_colours(pixels: np.ndarray) -> np.ndarray:

@@ -73,15 +73,9 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
 def seeds_needed(points: float, variance: float, power: float = 0.8, paired: bool = False) -> int:
     """Seeds that each of two methods needs until a two-sided t-test at 5 % finds their difference, with its sign.
 
-    Exact for normal figures (noncentral t; Cohen, 1988). Unpaired, both methods are taken to vary alike.
-
-    Args:
-        points: the difference, not zero.
-        variance: of the paired differences, or else the sum of the methods' variances.
-        power: probability of finding it, in (0, 1).
-        paired: whether the same seeds are compared.
-
-    10,000 stands for more as well.
+    `power` is the probability of finding a difference of so many points. `variance` is that of the paired differences,
+    or else the sum of the methods' variances, which are taken to be alike. 10,000 stands for more as well. Exact for
+    normal figures (noncentral t; Cohen, 1988).
     """
     if not (points and 0 < power < 1 and variance >= 0):
         raise ValueError(f"points must not be 0, power in (0, 1), variance >= 0; got {points}, {power}, {variance}")

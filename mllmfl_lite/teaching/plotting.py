@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -143,7 +144,7 @@ def update_arrows(updates: np.ndarray, title: str, ax: Axes | None = None) -> Ax
     along = updates @ direction  # (K,)
     aside = updates - along[:, None] * direction
     across = aside @ np.linalg.svd(aside, full_matrices=False)[2][0]  # (K,)
-    exact = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    exact: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1}
     ax.quiver(0 * along, 0 * along, along, across, color=GROUP_COLOURS["middle"], width=0.012, **exact)
     ax.quiver(0, 0, np.linalg.norm(mean), 0, color="black", width=0.02, **exact)
     reach = 1.1 * np.linalg.norm(updates, axis=1).max()

@@ -62,12 +62,7 @@ def safe(text: str, limit: int = 400) -> str:
 
 
 class Table:
-    """A small table: Markdown in a notebook, aligned text elsewhere.
-
-    Args:
-        header: column names.
-        rows: cells, already formatted as text.
-    """
+    """A small table of cells that are text already: Markdown in a notebook, aligned text elsewhere."""
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]]):
         for row in rows:
@@ -85,13 +80,10 @@ class Table:
 
 
 class Gallery:
-    """Images with texts about them: HTML in a notebook, plain text elsewhere.
+    """Images, uint8 (H, W, 3), with texts about them: HTML in a notebook, plain text elsewhere.
 
-    Args:
-        images: uint8 arrays (H, W, 3).
-        texts: ``{"caption": "text", ...}`` for each image.
-        alts: what each image shows; written below it, and its text for screen readers.
-        size: pixels a side on the screen.
+    `texts` are ``{"caption": "text", ...}`` for each image; `alts` say what it shows, below it and to screen readers;
+    `size` is in pixels a side on the screen.
     """
 
     def __init__(
