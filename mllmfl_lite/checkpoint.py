@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import filelock
 import safetensors.torch
@@ -49,51 +50,74 @@ class RunFolder:
         content = safetensors.torch.save({name: t.contiguous().clone() for name, t in tensors.items()})
         name = f"weights-{step:06d}.safetensors"
         entry = {"step": step, "weights": name, "sha256": hashlib.sha256(content).hexdigest()}
-        entry |= {"identity": self.identity, "record": json.loads(json.dumps(record))}
         try:
             write_atomically(self.path / name, content)
-            write_json(self.path / "run.json", {**entry, "checksum": _checksum(entry)})
+            write_checked(self.path / "run.json", {**entry, "identity": self.identity, "record": record})
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoint {step} cannot be written to {self.path} ({error}); the one before is good: make room and "
-                "start again"
-            ) from error
+            raise CheckpointError(f"checkpoint {step}: {error}, then start again; the one before is good") from error
         for old in self.path.glob("weights-*.safetensors"):
             if old.name != name:
                 old.unlink()
 
-    def load(self) -> tuple[int, dict[str, Tensor], object] | None:
+    def load(self) -> tuple[int, dict[str, Tensor], Any] | None:
         """The checkpoint as (step, tensors, record); None if there is none yet.
 
         Raises:
             CheckpointError: it is damaged, or belongs to a run with another identity (the differences are named).
         """
-        path = self.path / "run.json"
+        path, advice = self.path / "run.json", f"remove the folder {self.path} to start again"
         if not path.exists():
             return None
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry.pop("checksum", None) != _checksum(entry):
-                raise ValueError("its checksum does not fit")
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(path, error) from error
-        self._same_run(entry["identity"])
+            entry = read_checked(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); {advice}") from error
+        if other := differences(entry["identity"], self.identity):
+            raise CheckpointError(f"{self.path} holds another run ({other}); use another folder, or set these back")
         weights = self.path / entry["weights"]
         content = weights.read_bytes() if weights.exists() else b""
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise self._damaged(weights, f"its {len(content)} bytes do not fit the checksum in run.json")
+            raise CheckpointError(
+                f"{weights} is damaged (its {len(content)} bytes do not fit the checksum in {path.name}); {advice}"
+            )
         return entry["step"], safetensors.torch.load(content), entry["record"]
 
-    def _same_run(self, identity: dict) -> None:
-        keys = sorted({*identity, *self.identity})
-        if other := [k for k in keys if identity.get(k) != self.identity.get(k)]:
-            changes = "; ".join(f"{k}: there {identity.get(k)!r}, now {self.identity.get(k)!r}" for k in other)
-            raise CheckpointError(f"{self.path} holds another run ({changes}); use another folder, or set these back")
 
-    @staticmethod
-    def _damaged(path: Path, why: object) -> CheckpointError:
-        return CheckpointError(f"{path} is damaged ({why}); remove the folder {path.parent} to start again")
+def write_checked(path: str | Path, value: dict) -> None:
+    """Write a dictionary as JSON, atomically, with a checksum in it."""
+    plain = json.loads(json.dumps(value))
+    write_json(path, {**plain, "checksum": _checksum(plain)})
 
 
-def _checksum(entry: dict) -> str:
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+def read_checked(path: str | Path) -> dict:
+    """Read what `write_checked` wrote, without the checksum.
+
+    Raises:
+        ValueError: it holds something else, or was changed.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        checksum = value.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no JSON object with a checksum: {error!r:.100}") from error
+    if checksum != _checksum(value):
+        raise ValueError("its content does not fit its checksum")
+    return value
+
+
+def _checksum(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """Name the entries in which two dictionaries differ, as ``outer.inner: there X, now Y``; empty if they do not."""
+    before, now = (_flat(json.loads(json.dumps(values))) for values in (found, wanted))
+    pairs = {key: (before.get(key, "nothing"), now.get(key, "nothing")) for key in {**before, **now}}
+    return "; ".join(f"{key}: there {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new)
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat: dict = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

@@ -1,19 +1,20 @@
-"""Reproducibility: random generators by name, atomic writes, the device, progress bars."""
+"""Reproducibility: random generators by name, checked settings, atomic writes, the device, progress bars."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import inspect
 import json
 import os
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,22 +35,15 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how fast a run is carried out. No field changes a result.
+    """Where and how fast a run is carried out. No field changes a result."""
 
-    Attributes:
-        folder: for checkpoints; a run resumes from it. None keeps nothing.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:0"``.
-        workers: threads that train clients; default: one a core, one on a GPU.
-        label: text of the progress bar.
-    """
-
-    folder: str | Path | None = None
-    device: str = "auto"
-    workers: int | None = None
-    label: str = ""
+    folder: str | Path | None = None  #: for checkpoints, from which a run resumes; None keeps nothing
+    device: str = "auto"  #: see `pick_device`
+    workers: int | None = None  #: threads that train clients; default: one a core, one on a GPU
+    label: str = ""  #: text of the progress bar
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """NumPy's numbers as Python's, inside lists and dictionaries as well."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_plain, value))
@@ -60,13 +54,17 @@ def _plain(value: object) -> object:
 
 def _sentence(problem: ErrorDetails) -> str:
     """One of pydantic's problems as ``key: rule; got value``; those of nested settings as ``key.inner: ...``."""
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "unexpected_keyword_argument":
+    kind, value, key = problem["type"], problem["input"], ".".join(map(str, problem["loc"]))
+    if kind == "unexpected_keyword_argument":
         return f"{key}: there is no such setting"
-    if problem["type"] == "value_error":
+    if kind == "value_error":
         return "\n".join(f"{key}.{line}" if key else line for line in str(problem["ctx"]["error"]).splitlines())
     rule = problem["msg"].replace("Input should be", "must be")
-    return f"{key}: {rule}; got {problem['input']!r:.100}"
+    if kind.startswith("dataclass"):
+        rule = "must be a block of settings"
+    number = re.fullmatch(r"([-+]?\d+\.?\d*)e([-+]?\d+)", value, re.I) if isinstance(value, str) else None
+    hint = f"; write {float(number[1])}e{int(number[2]):+}" if number and kind == "float_type" else ""  # YAML's rule
+    return f"{key}: {rule}; got {value!r:.100}{hint}"
 
 
 def nested(cls: type) -> BeforeValidator:
@@ -81,18 +79,18 @@ def settings_class(cls: type[T]) -> type[T]:
     Whole numbers may stand for floats, NumPy's numbers for Python's. Text never stands for a number or a switch. All
     wrong settings are named in one `ValueError`.
     """
-    checked = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-    original: Callable = checked.__init__
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    checked: Any = pydantic_dataclass(cls, frozen=True, config=config)
+    original = checked.__init__
 
+    @functools.wraps(original)
     def init(self: object, *values: object, **named: object) -> None:
         try:
-            original(self, *map(_plain, values), **{name: _plain(value) for name, value in named.items()})
+            original(self, *map(_plain, values), **_plain(named))
         except ValidationError as error:
             raise ValueError("\n".join(map(_sentence, error.errors()))) from None
 
-    init.__signature__ = inspect.signature(checked)  # type: ignore[attr-defined]
-    init.__doc__ = original.__doc__
-    checked.__init__ = init  # type: ignore[misc]
+    checked.__init__ = init
     return checked
 
 
@@ -121,7 +119,7 @@ def sha256_arrays(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -132,13 +130,15 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write to ``path.part``, fsync, then rename atomically to `path`."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}); make room or choose another folder") from error
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -148,15 +148,10 @@ def write_json(path: str | Path, value: object) -> None:
 
 def shows_progress() -> bool:
     """Return True in a terminal or notebook; ``MLLMFL_PROGRESS=0`` or ``1`` decides otherwise."""
-    wish = os.environ.get("MLLMFL_PROGRESS")
-    if wish is not None:
+    if wish := os.environ.get("MLLMFL_PROGRESS"):
         return wish != "0"
-    return sys.stderr.isatty() or _in_notebook()
-
-
-def _in_notebook() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None
+    return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def progress_bar(total: int, unit: str, label: str, done: int = 0) -> tqdm:
@@ -172,20 +167,21 @@ def count_cores() -> int:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 in matrix products and convolutions on a GPU; restore the flags at the end."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    flags: list[tuple[Any, str, Any, Any]]  # place, name, value before, value inside
     try:
-        flags = [(place, "allow_tf32", place.allow_tf32) for place in (matmul, cudnn)]
-        value: bool | str = allowed
+        flags = [(place, "allow_tf32", place.allow_tf32, allowed) for place in (matmul, cudnn)]
     except RuntimeError:  # torch's newer flags are in use; the two kinds exclude each other
-        flags = [(place, "fp32_precision", place.fp32_precision) for place in (matmul, cudnn.conv)]
-        value = "tf32" if allowed else "ieee"
+        wanted = "tf32" if allowed else "ieee"
+        flags = [(place, "fp32_precision", place.fp32_precision, wanted) for place in (matmul, cudnn.conv)]
     try:
-        for place, name, _ in flags:
-            setattr(place, name, value)
+        for place, name, _, new in flags:
+            setattr(place, name, new)
         yield
     finally:
-        for place, name, was in flags:
-            setattr(place, name, was)
+        for place, name, old, _ in flags:
+            setattr(place, name, old)
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -197,12 +193,13 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     if name == "auto":
         rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and accelerate launch
         return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    rule = f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}") from error
+        raise ValueError(rule) from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}, which lacks float64 or other parts")
+        raise ValueError(f"{rule}, which lacks float64 or other parts")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(name)!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
     return device

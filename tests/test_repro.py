@@ -55,3 +55,11 @@ def test_generators_do_not_touch_the_global_ones():
     before = torch.random.get_rng_state()
     repro.torch_generator(3).seed()
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "x.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"x cannot be written \(.*No space left on device.*\); make room or choose"):
+        repro.write_atomically(tmp_path / "x", b"1")
+    with pytest.raises(OSError, match=r"none.x cannot be written \(.*No such file or directory"):
+        repro.write_atomically(tmp_path / "none" / "x", b"1")

@@ -84,7 +84,7 @@ def test_the_papers_protocol_is_the_default():
         ({"federated": {"rounds": True}}, "federated.rounds: must be a valid integer; got True"),
         ({"federated": {"rounds": 1_000_000_000}}, "federated.rounds: must be less than or equal to 1000000"),
         ({"federated": {"rounds": 0}}, "federated.rounds is 0; run at least one round, or leave 2 out of stages"),
-        ({"federated": {"lr": "1e-4"}}, "federated.lr: must be a valid number; got '1e-4'"),
+        ({"federated": {"lr": "1e-4"}}, "federated.lr: must be a valid number; got '1e-4'; write 1.0e-4"),
         ({"federated": {"ruonds": 3}}, "federated.ruonds: there is no such setting"),
         ({"federated": {"clients_per_round": 50}}, "clients_per_round is 50, but num_clients is 20; draw at most"),
         ({"width": "16"}, "width: must be a valid integer; got '16'"),
@@ -106,7 +106,7 @@ def test_the_papers_protocol_is_the_default():
         ({"stages": [[2]]}, "stages.0: must be 1, 2 or 3"),
         ({"stages": [3, 2]}, "stages must name 2, 3 or both, in rising order, each once; got [3, 2]"),
         ({"stages": [1]}, "stages must name 2, 3 or both"),
-        ({"align": "false"}, "align: must be an instance of AlignSettings; got 'false'"),
+        ({"align": "false"}, "align: must be a block of settings; got 'false'"),
         ({"align": {"beta": -1.0}}, "align.beta: must be greater than or equal to 0"),
         ({"pretrain": {"order": "shuffled"}}, "pretrain.order: must be 'length' or 'random'"),
         ({"stages": [2, 3], "pool": "cifar10"}, "pool 'cifar10' has no open images; use 'cifar10_mini' or a folder"),
@@ -184,7 +184,7 @@ def test_without_a_folder_nothing_is_kept_and_the_figures_are_the_same(tmp_path,
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"checksum": "", "parameters": 1}', '{"a": 1'])
 def test_a_file_that_is_no_result_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x.json is not a results file .*; remove it and run again"):
+    with pytest.raises(ValueError, match=r"x.json is not a results file, or damaged .*; remove it and run again"):
         load_results(tmp_path)
 
 

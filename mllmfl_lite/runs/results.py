@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
-import json
 import platform
 import subprocess
 from importlib import metadata
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mllmfl_lite.repro import write_json
+from mllmfl_lite.checkpoint import read_checked, write_checked
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
@@ -62,11 +60,9 @@ def save_result(path: str | Path, result: dict) -> None:
     """Write one result atomically, with a checksum; its folder is made if absent."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**result, "checksum": _checksum(result)})
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error}); make room or choose another folder, and start again"
-        ) from error
+        raise OSError(f"{path} cannot be written ({error}); choose another folder") from error
+    write_checked(path, result)
 
 
 def load_result(path: str | Path) -> dict:
@@ -76,40 +72,16 @@ def load_result(path: str | Path) -> dict:
         ValueError: the file is no results file, or damaged.
     """
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        checksum = result.pop("checksum")
-        if not isinstance(result["parameters"], dict):
-            raise TypeError("its parameters are no dictionary")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a results file ({error!r}); remove it and run again") from error
-    if checksum != _checksum(result):
-        raise ValueError(f"{path} is damaged: its content does not fit its checksum; remove it and run again")
+        result = read_checked(path)
+        if not isinstance(result.get("parameters"), dict):
+            raise ValueError("it has no parameters")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a results file, or damaged ({error}); remove it and run again") from error
     if isinstance(federated := result["parameters"].get("federated"), dict):
         federated.setdefault("augment", "weak")  # files from before this setting
     return result
 
 
-def _checksum(result: dict) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
-
-
 def load_results(folder: str | Path) -> list[dict]:
     """All results in a folder, by file name."""
     return [load_result(path) for path in sorted(Path(folder).glob("*.json"))]
-
-
-def differences(found: dict, wanted: dict) -> str:
-    """Name the parameters in which two runs differ, as ``outer.inner: there X, now Y``; empty if they do not."""
-    before, now = (_flat(json.loads(json.dumps(parameters))) for parameters in (found, wanted))
-    return "; ".join(
-        f"{key}: there {before.get(key, 'nothing')!r}, now {now.get(key, 'nothing')!r}"
-        for key in {**before, **now}
-        if before.get(key, "nothing") != now.get(key, "nothing")
-    )
-
-
-def _flat(parameters: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in parameters.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

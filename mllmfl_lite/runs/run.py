@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.checkpoint import RunFolder, differences
 from mllmfl_lite.data.metrics import evaluate_model, summarise
 from mllmfl_lite.data.reserved import RESERVED_POOL, overlap
 from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, Federation, FedResult, run_federated
@@ -25,7 +25,7 @@ from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
 from mllmfl_lite.runs.config import Experiment, parameters_of, uses_pool
 from mllmfl_lite.runs.parts import initial_model, load_federation, load_pool, load_teacher, make_method, start_file
-from mllmfl_lite.runs.results import differences, load_result, provenance, result_path, save_result
+from mllmfl_lite.runs.results import load_result, provenance, result_path, save_result
 from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import align
 from mllmfl_lite.stages.server_set import ServerSet, describe, draw_server_set

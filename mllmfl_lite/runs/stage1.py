@@ -10,13 +10,14 @@ from pathlib import Path
 
 import filelock
 
+from mllmfl_lite.checkpoint import differences
 from mllmfl_lite.data import PARTS, load_images
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import build_model, save_model
 from mllmfl_lite.repro import Execution, pick_device
 from mllmfl_lite.runs.config import Experiment
 from mllmfl_lite.runs.parts import load_pool
-from mllmfl_lite.runs.results import differences, load_result, provenance, save_result
+from mllmfl_lite.runs.results import load_result, provenance, save_result
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.stages.filters import filter_records
