@@ -23,7 +23,7 @@ from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import Answer, TransformersBackend
 from mllmfl_lite.stages.filters import filter_records
-from mllmfl_lite.stages.llava_format import check_llava, from_llava
+from mllmfl_lite.stages.llava_format import check_llava
 from mllmfl_lite.stages.records import Journal, Record, read_records
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
@@ -283,7 +283,7 @@ def test_the_command_asks_a_server_and_writes_three_files(folder, serve, capsys)
     assert run(folder, "--endpoint", url, "--mllm", "m", "--kinds", "conversation", "class_name") == 0
     printed = capsys.readouterr().out
     assert "4 images, 8 new records" in printed and "'kept': 8" in printed
-    entries, _ = from_llava(folder.parent / "out.llava.json")
+    entries = json.loads((folder.parent / "out.llava.json").read_text())
     assert len(entries) == 8 and check_llava(entries, os.listdir(folder)) == []
     assert json.loads((folder.parent / "out.rejected.json").read_text()) == {}
 
@@ -291,7 +291,7 @@ def test_the_command_asks_a_server_and_writes_three_files(folder, serve, capsys)
 def test_the_command_exports_for_llavas_first_stage(folder, serve):
     url = serve(lambda request: (200, chat("Q: What?\nA: A dog.")))
     assert run(folder, "--endpoint", url, "--mllm", "m", "--plain") == 0
-    entries, _ = from_llava(folder.parent / "out.llava.json")
+    entries = json.loads((folder.parent / "out.llava.json").read_text())
     assert len(entries) == 4 and all(len(entry["conversations"]) == 2 for entry in entries)
 
 
@@ -299,9 +299,8 @@ def test_the_command_says_when_filters_took_more_than_half(folder, serve, capsys
     url = serve(lambda request: (200, chat("A dog that", "length")))
     assert run(folder, "--endpoint", url, "--mllm", "m") == 3
     assert "12 of 12 texts were dropped, most as 'cut-off'" in capsys.readouterr().out
-    assert (
-        from_llava(folder.parent / "out.llava.json") == ([], 0) and len(read_records(folder.parent / "out.jsonl")) == 12
-    )
+    assert json.loads((folder.parent / "out.llava.json").read_text()) == []
+    assert len(read_records(folder.parent / "out.jsonl")) == 12
 
 
 def test_the_command_lists_what_was_refused(folder, serve, capsys):
@@ -458,7 +457,7 @@ def test_the_readmes_command_killed_and_run_again(tmp_path):
     assert 0 < done < 60 and f"{60 - done} new records" in second.stdout
     assert "no text for broken.jpg: broken.jpg cannot be read as an image" in second.stdout
     printed = tmp_path / re.search(r"^LLaVA's format: (.*)$", second.stdout, re.M)[1]
-    entries, _ = from_llava(printed)
+    entries = json.loads(printed.read_text())
     assert check_llava(entries, [p.name for p in (tmp_path / "my_pictures").iterdir()]) == [] and len(entries) > 50
     backend = TransformersBackend(load_mllm(device="cpu", batch_size=4))
     whole = annotate(folder_images(tmp_path / "my_pictures"), backend, tmp_path / "whole.jsonl").records

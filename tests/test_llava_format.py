@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllmfl_lite.stages.llava_format import check_llava, from_llava, to_llava
+from mllmfl_lite.stages.llava_format import check_llava, to_llava
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts
 
@@ -83,11 +83,9 @@ LABELS = re.compile(
 @pytest.mark.parametrize("start", ["", "Sure! Here is a conversation:\n\n"])
 @pytest.mark.parametrize("end", ["", "\nQuestion: And what", "\n\nI hope this helps!"])
 @pytest.mark.parametrize("form", FORMS)
-def test_no_word_is_lost_there_and_back(tmp_path, start, form, end):
+def test_no_word_is_lost_there_and_back(start, form, end):
     text = start + FORMS[form].format(*FOUR) + end
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(to_llava([record(text)], {"conversation": "Ask."})))
-    ((entry,), _) = from_llava(path)
+    (entry,) = json.loads(json.dumps(to_llava([record(text)], {"conversation": "Ask."})))
     back = (
         " ".join(turn["value"] for turn in entry["conversations"]).replace("<image>\nAsk.", "").replace("<image>", "")
     )
@@ -168,28 +166,9 @@ def test_each_broken_rule_is_named(entry, problem):
     assert problem in found and found.startswith("entry 1")
 
 
-def test_llavas_published_files_can_be_read(tmp_path):
-    """Several conversations an image, entries without one, numeric ids, a byte-order mark, fields of their own."""
+def test_entries_of_llavas_published_files_pass():
+    """Ids that repeat, numeric ids and names, ``<image>`` at the end or inside, a system turn, fields of their own."""
     end = GOOD | {"id": 33471, "image": 33471, "conversations": turns(("human", "What?\n<image>"), ("gpt", "A cat."))}
     inside = GOOD | {"conversations": turns(("human", "Is <image> a cat?"), ("gpt", "Yes.")), "extra": [1]}
     system = GOOD | {"conversations": turns(("system", "Be kind."), ("human", "<image>\nWhat?"), ("gpt", "A cat."))}
-    words_only = {"id": "t", "conversations": turns(("human", "Hi"), ("gpt", "Hi"), ("human", "?"))}
-    path = tmp_path / "a.json"
-    path.write_text(
-        json.dumps([GOOD, GOOD, end, words_only, inside, system, words_only | {"image": None}]), "utf-8-sig"
-    )
-    entries, without = from_llava(path)
-    assert without == 2 and entries[0] == GOOD and [e["id"] for e in entries] == ["a", "a", "33471", "a", "a"]
-    assert entries[2]["image"] == "33471"
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    (b"{", "cannot be read as JSON"), (b'{"a": 1}', "one JSON list"), (b"[1]", "1 entries break"), (b"\xff", "as JSON"),
-    (b"[" * 100_000, "cannot be read as JSON"), (b"", "as JSON"), (b"null", "one JSON list"),
-])  # fmt: skip
-def test_what_is_no_llava_file_is_refused(tmp_path, content, message):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        from_llava(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="cannot be read"):
-        from_llava(tmp_path)
+    assert check_llava([GOOD, GOOD, end, inside, system]) == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.prompts import load_prompts
@@ -28,13 +26,9 @@ def to_llava(records: Sequence[Record], prompts: dict[str, str] | None = None, p
 
     A text of the form "Question: ... Answer: ..." becomes one turn each: with "Q1.", "User:" and "Assistant:", numbers,
     bullets or bold type as well. Words before the first question answer the prompt, as does any other text. ``<image>``
-    stands once, in the first human turn. Source: the LLaVA repository's data format.
-
-    Args:
-        records: what was written.
-        prompts: the text of each kind; the bundled ones by default.
-        plain: for LLaVA's first stage (``plain``): one answer each. Give records of one kind that describes, such as
-            ``detailed_description``.
+    stands once, in the first human turn. `prompts` are the texts by kind, the bundled ones by default. `plain` is for
+    LLaVA's first stage: one answer each; give records of one kind that describes, such as ``detailed_description``.
+    Source: the LLaVA repository's data format.
     """
     prompts = prompts or load_prompts()
     return [
@@ -98,52 +92,29 @@ def _trim(text: str) -> str:
 
 
 def check_llava(entries: Sequence[object], images: Sequence[str] | None = None) -> list[str]:
-    """Name what is wrong with entries in LLaVA's format, a sentence each.
-
-    Args:
-        entries: from `to_llava`, or a file of LLaVA's; ids may repeat there, one for each conversation.
-        images: the file names that exist; None: do not look.
-    """
+    """Name what is wrong with entries in LLaVA's format, a sentence each. `images` are the file names that exist."""
     problems, known = [], None if images is None else set(images)
     for number, entry in enumerate(entries):
-        where = f"entry {number} ({entry.get('id')!r:.100})" if isinstance(entry, dict) else f"entry {number}"
-        turns = entry.get("conversations") if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
-            problems.append(f"{where} has no list of conversations with 'from' and 'value'")
-            continue
-        image = entry.get("image")
-        turns = turns[1:] if turns[0]["from"] == "system" else turns
-        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-            problems.append(f"{where}: turns must alternate, human first, gpt last")
-        elif sum(turn["value"].count(IMAGE) for turn in turns) != 1 or IMAGE not in turns[0]["value"]:
-            problems.append(f"{where}: {IMAGE} must stand once, in the first human turn")
-        elif image is not None and not isinstance(image, (str, int)):
-            problems.append(f"{where}: its image must be one file name")
-        elif known is not None and image not in known:
-            problems.append(f"{where}: image {image!r} does not exist")
+        if problem := _problem(entry, known):
+            name = f" ({entry.get('id')!r:.100})" if isinstance(entry, dict) else ""
+            problems.append(f"entry {number}{name}: {problem}")
     return problems
+
+
+def _problem(entry: object, known: set[str] | None) -> str:
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
+        return "it has no list of conversations with 'from' and 'value'"
+    image = entry.get("image")
+    turns = turns[1:] if turns[0]["from"] == "system" else turns
+    if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        return "turns must alternate, human first, gpt last"
+    if sum(turn["value"].count(IMAGE) for turn in turns) != 1 or IMAGE not in turns[0]["value"]:
+        return f"{IMAGE} must stand once, in the first human turn"
+    if image is not None and not isinstance(image, (str, int)):
+        return "its image must be one file name"
+    return f"image {image!r} does not exist" if known is not None and image not in known else ""
 
 
 def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-
-
-def from_llava(path: str | Path) -> tuple[list[dict], int]:
-    """Read a file in LLaVA's format: the entries with an image, ids as text, and how many entries have none.
-
-    Raises:
-        ValueError: it is no JSON list, or an entry breaks the format (the first five are named).
-    """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold one JSON list of entries; it holds a {type(entries).__name__}")
-    pictured = [entry for entry in entries if not isinstance(entry, dict) or entry.get("image") not in (None, "")]
-    if problems := check_llava(pictured):
-        raise ValueError(f"{path}: {len(problems)} entries break LLaVA's format; {'; '.join(problems[:5])}")
-    read = [
-        {"id": str(e.get("id", "")), "image": str(e["image"]), "conversations": e["conversations"]} for e in pictured
-    ]
-    return read, len(entries) - len(pictured)

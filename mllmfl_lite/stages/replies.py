@@ -25,18 +25,14 @@ _POLICY = re.compile(r"polic|safety|moderat|content.{0,9}filter|inappropriate", 
 
 
 class Problem(Exception):
-    """A request that failed.
-
-    Attributes:
-        reason: in the server's words.
-        fault: as in `Answer`; ``"run"`` if no request can succeed.
-        wait: seconds until it may be sent again, 0 if nobody says; None: never.
-        advice: what to do if it stays.
-    """
+    """A request that failed: why, in the server's words, and whose fault it is."""
 
     def __init__(self, reason: str, fault: str, wait: float | None = None, advice: str = "see that it runs"):
         super().__init__(reason)
-        self.reason, self.fault, self.wait, self.advice = reason, fault, wait, advice
+        self.reason = reason
+        self.fault = fault  #: as in `Answer`; ``"run"`` if no request can succeed
+        self.wait = wait  #: seconds until it may be sent again, 0 if nobody says; None: never
+        self.advice = advice  #: what to do if it stays
 
 
 class Reader:
@@ -53,15 +49,14 @@ class Reader:
             raise Problem(f"no JSON but {self.shown(body)!r}", "server", 0.0) from None
         try:
             choice = value["choices"][0]
-            message = choice["message"]
-            text, why_none = _text(message.get("content")), str(message.get("refusal") or "")
+            text, why_none = _text(choice["message"].get("content")), str(choice["message"].get("refusal") or "")
         except (TypeError, KeyError, IndexError, AttributeError):
             error = value.get("error") if isinstance(value, dict) else None
             code = error.get("code") if isinstance(error, dict) else None
             if isinstance(code, int) and code in STOPS:
                 raise self.problem(code, value, {}) from None
-            sentence = self.shown(_sentence(value))
-            raise Problem(sentence or f"no completion but {self.shown(body)!r}", "request") from None
+            sentence = self.shown(_sentence(value)) or f"no completion but {self.shown(body)!r}"
+            raise Problem(sentence, "request") from None
         finish = str(choice.get("finish_reason")).lower()
         if finish == "content_filter":
             why_none = why_none or "the server's content filter held the answer back"
@@ -86,9 +81,9 @@ class Reader:
 
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a server asks to wait, from a number or a date; 0 if it does not say."""
+    said = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
-    said = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(said))
     with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
