@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
@@ -15,31 +15,21 @@ from torch.nn.functional import one_hot
 
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import progress_bar, write_atomically
-from mllmfl_lite.teachers.base import Teacher
+from mllmfl_lite.teachers.base import Images, Teacher
 
 CHUNK = 1024  # images a file, at most
-BLOCK = 1 << 20  # bytes read at a time
-HALF = ("features", "tokens")  # kept as float16; class scores as float32
+HALF, SINGLE = torch.float16, torch.float32
+KEPT = {"features": HALF, "tokens": HALF, "class_logits": SINGLE, "class_probabilities": SINGLE}
 
 
 class PoolLabels:
     """A control in a teacher's place: the labels of a pool of open images, which no server has."""
 
-    identity = "labels"
-
     def __init__(self, pool: ImageSet):
         self.pool = pool
 
-    def asked(self, names: Sequence[str]) -> str:
-        """The class names, and the pool's."""
-        return str((*names, self.pool.names))
-
-    def images_at_once(self, names: Sequence[str]) -> int:
-        """All of them."""
-        return len(self.pool)
-
-    def class_probabilities(self, images: np.ndarray, names: Sequence[str]) -> Tensor:
-        """One for the label's name, the same for all names if it is none of them: float32 (N, C)."""
+    def class_probabilities(self, images: Images, names: Sequence[str]) -> Tensor:
+        """One for the label's name, the same for all names if it is none of them: float32 (N, C), of the whole pool."""
         label = torch.tensor([names.index(n) if n in names else -1 for n in np.take(self.pool.names, self.pool.labels)])
         return torch.where(label[:, None] < 0, 1 / len(names), one_hot(label.clamp(min=0), len(names)).float())
 
@@ -48,24 +38,16 @@ class StoredAnswers:
     """A teacher's features, tokens or class scores of a data set, read by index: ``stored[indices]`` -> (B, ...).
 
     A file holds up to 1,024 images and is written atomically, so a killed run resumes. Its name ends in a checksum of
-    content, images, model and question, so neither damaged answers nor another model's are read.
-
-    Args:
-        teacher: computes what is missing.
-        what: ``"features"``, ``"tokens"``, ``"class_logits"`` or ``"class_probabilities"``.
-        data: the images.
-        folder: of the cache.
-        names: the class names, for the last two.
+    content, images, model and question, so neither damaged answers nor another model's are read. `what` is one of
+    `KEPT`; class scores need the class names.
 
     Raises:
         ValueError: no such thing; an index outside the data; answers that are not finite; a damaged file (named).
     """
 
-    def __init__(
-        self, teacher: Teacher | PoolLabels, what: str, data: ImageSet, folder: str | Path, names: Sequence[str] = ()
-    ):
-        if what not in (*HALF, "class_logits", "class_probabilities"):
-            raise ValueError(f"what must be features, tokens, class_logits or class_probabilities; got {what!r}")
+    def __init__(self, teacher: Teacher, what: str, data: ImageSet, folder: str | Path, names: Sequence[str] = ()):
+        if what not in KEPT:
+            raise ValueError(f"what must be {', '.join(KEPT)}; got {what!r}")
         self.teacher, self.what, self.data, self.names = teacher, what, data, tuple(names)
         at_once = max(1, teacher.images_at_once(names))
         self.chunk = max(1, CHUNK // at_once) * at_once  # batches are cut as without a cache
@@ -75,20 +57,14 @@ class StoredAnswers:
         self._open: dict[int, np.ndarray] = {}
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        indices = np.asarray(indices)
         if not len(indices):
-            return np.empty((0,), np.float16 if self.what in HALF else np.float32)
-        if not 0 <= indices.min() <= indices.max() < len(self.data):
-            raise ValueError(
-                f"indices must lie in 0..{len(self.data) - 1}; these run from {indices.min()} to {indices.max()}"
-            )
-        numbers = indices // self.chunk
-        self._prepare(sorted({int(c) for c in numbers} - set(self._open)))
-        first = self._open[int(numbers[0])]
-        out = np.empty((len(indices), *first.shape[1:]), first.dtype)
-        for c in np.unique(numbers).tolist():
-            out[numbers == c] = self._open[c][indices[numbers == c] % self.chunk]
-        return out
+            return torch.empty(0, dtype=KEPT[self.what]).numpy()
+        low, high = np.min(indices), np.max(indices)
+        if low < 0 or high >= len(self.data):
+            raise ValueError(f"indices must lie in 0..{len(self.data) - 1}; these run from {low} to {high}")
+        chunks, rows = np.divmod(indices, self.chunk)
+        self._prepare(sorted({*chunks.tolist()} - {*self._open}))
+        return np.stack([self._open[chunk][row] for chunk, row in zip(chunks.tolist(), rows, strict=True)])
 
     def _prepare(self, chunks: list[int]) -> None:
         """Open these files; compute the missing ones. The first of several runs computes, the others wait."""
@@ -96,32 +72,29 @@ class StoredAnswers:
             return
         self.place.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.place / ".lock"):
-            missing = [c for c in chunks if not self._files(c)]
+            missing = [chunk for chunk in chunks if not self._files(chunk)]
             with progress_bar(len(missing) * self.chunk, "images", self.what) as bar:
-                for c in missing:
-                    content = self._compute(c)
-                    write_atomically(self.place / f"{self._range(c)}-{self._checksum(c, [content])}.npy", content)
+                for chunk in missing:
+                    content = self._compute(chunk)
+                    path = self.place / f"{self._range(chunk)}-{self._checksum(chunk, content)}.npy"
+                    write_atomically(path, content)
                     bar.update(self.chunk)
-        self._open |= {c: self._read(c) for c in chunks}
+        for chunk in chunks:
+            path = self._files(chunk)[0]
+            found = self._checksum(chunk, path.read_bytes())
+            if not path.stem.endswith(found):
+                raise ValueError(f"{path} is damaged: its checksum is not {found}; remove it to compute it again")
+            self._open[chunk] = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _compute(self, chunk: int) -> bytes:
         images = self.data.images[chunk * self.chunk : (chunk + 1) * self.chunk]
         ask = getattr(self.teacher, self.what)
-        values = ask(images, self.names) if self.names else ask(images)
-        values = values.half() if self.what in HALF else values.float()
+        values = (ask(images, self.names) if self.names else ask(images)).to(KEPT[self.what])
         if not values.isfinite().all():
             raise ValueError(f"the {self.what} of {self.teacher.identity} are not finite; take another dtype")
         buffer = io.BytesIO()
         np.save(buffer, values.numpy())
         return buffer.getvalue()
-
-    def _read(self, chunk: int) -> np.ndarray:
-        path = self._files(chunk)[0]
-        with open(path, "rb") as file:
-            found = self._checksum(chunk, iter(lambda: file.read(BLOCK), b""))
-        if found != path.stem.rpartition("-")[2]:
-            raise ValueError(f"{path} is damaged: its checksum is not {found}; remove it to compute it again")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def _files(self, chunk: int) -> list[Path]:
         return sorted(self.place.glob(f"{self._range(chunk)}-*.npy"))
@@ -129,10 +102,9 @@ class StoredAnswers:
     def _range(self, chunk: int) -> str:
         return f"{chunk * self.chunk:07d}-{min((chunk + 1) * self.chunk, len(self.data)):07d}"
 
-    def _checksum(self, chunk: int, content: Iterable[bytes]) -> str:
+    def _checksum(self, chunk: int, content: bytes) -> str:
         digest = hashlib.sha256(f"{self.place.parent.name} {self.place.name} {self._range(chunk)}".encode())
-        for block in content:
-            digest.update(block)
+        digest.update(content)
         return digest.hexdigest()[:16]
 
 
@@ -144,6 +116,6 @@ def ask_teacher(
     what: str = "class_probabilities",
 ) -> Tensor:
     """The teacher's ``class_probabilities`` or ``class_logits`` (N, C) of the images; an empty folder: no cache."""
-    if not folder:
+    if not folder or isinstance(teacher, PoolLabels):
         return getattr(teacher, what)(pool.images, names)
     return torch.from_numpy(StoredAnswers(teacher, what, pool, folder, names)[np.arange(len(pool))])

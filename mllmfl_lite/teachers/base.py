@@ -8,41 +8,37 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.data.names import spoken
 from mllmfl_lite.repro import ASSETS, pick_device
 
 BUNDLED = {name: str(ASSETS / name) for name in ("tiny_clip", "tiny_llava")}  # the stand-ins, by their short names
 TINY_CLIP, TINY_LLAVA = BUNDLED.values()
+Images = np.ndarray | ImageFiles | Sequence[Image.Image]  # an array is uint8 (N, H, W, 3)
 # what changes an answer in a model's folder, besides the weights
 SETTINGS = ("*config.json", "*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*/*.jinja")
 
 
 class Teacher:
-    """A frozen model on the server.
-
-    Images are uint8 arrays (N, H, W, 3), `ImageFiles`, or lists of PIL images.
-
-    Args:
-        name: what was asked for, e.g. a folder or a hub name.
-        model: the network.
-        device: where it runs.
-        batch_size: images at a time.
-        settings: what else changes its answers, as text; part of its identity.
-    """
+    """A frozen model on the server. `settings`, as text, is what else changes its answers; part of its identity."""
 
     family: str
-    pixels: Callable[[Sequence], Tensor]  # images as this model wants them: float (N, 3, H, W), on its device
+    pixels: Callable[[Images], Tensor]  # as this model wants them: float (N, 3, H, W), on its device
+    class_logits: Callable[[Images, Sequence[str]], Tensor]  # a score of each class name: float32 (N, C)
 
-    def __init__(self, name: str, model: torch.nn.Module, device: torch.device, batch_size: int, settings: str = ""):
+    def __init__(self, name: str, model: Any, device: torch.device, batch_size: int = 64, settings: str = ""):
         self.name, self.device, self.batch_size, self.settings = name, device, batch_size, settings
         self.model = model.to(device).eval().requires_grad_(False)
+        self.encoder: torch.nn.Module = self.model  # what an image passes through
 
     @functools.cached_property
     def identity(self) -> str:
@@ -61,26 +57,31 @@ class Teacher:
         """Images in a batch when class names are scored."""
         return self.batch_size
 
-    def _each_batch(self, images: Sequence, work: Callable[[Tensor], Tensor]) -> Tensor:
-        return join_batches(images, self.batch_size, lambda batch: work(self.pixels(batch)).float().cpu())
+    def class_probabilities(self, images: Images, names: Sequence[str]) -> Tensor:
+        """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C)."""
+        return self.class_logits(images, names).softmax(1)
 
-    def _cost(self, encode: Callable[[Tensor], Tensor], weights: torch.nn.Module) -> tuple[int, int]:
+    def image_cost(self) -> tuple[int, int]:
+        """Floating-point operations of the image encoder on one image, and the bytes of its weights."""
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # torch does not count inside a fused attention layer
         try:
             with FlopCounterMode(display=False) as counter, torch.inference_mode():
-                encode(self.pixels([Image.new("RGB", (32, 32))]))
+                self.encoder(self.pixels([Image.new("RGB", (32, 32))]))
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in weights.parameters())
+        return counter.get_total_flops(), sum(p.numel() * p.element_size() for p in self.encoder.parameters())
+
+    def _each_batch(self, images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
+        return join_batches(images, self.batch_size, lambda batch: work(self.pixels(batch)).float().cpu())
 
 
-def join_batches(images: Sequence, size: int, work: Callable[[Sequence], Tensor]) -> Tensor:
+def join_batches(given: Any, size: int, work: Callable[[Any], Tensor]) -> Tensor:
     """Apply `work` to `size` images or texts at a time and join what it returns."""
-    if not len(images):
+    if not len(given):
         raise ValueError("there are no images or texts; give at least one")
     with torch.inference_mode():
-        return torch.cat([work(images[i : i + size]) for i in range(0, len(images), size)])
+        return torch.cat([work(given[i : i + size]) for i in range(0, len(given), size)])
 
 
 def check_request(name: str, device: str, batch_size: int) -> tuple[str, torch.device]:
@@ -103,8 +104,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 def read_settings(folder: Path) -> str:
     """Checksums of the files in a model's folder that may change an answer, weights apart.
 
-    Raises:
-        ValueError: a file is no JSON, or asks to run code from the folder.
+    A file that is no JSON, or that asks to run code from the folder, is a `ValueError`.
     """
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         try:
@@ -122,15 +122,13 @@ def _refuse_code(values: dict) -> dict:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Forbid downloads from the Hugging Face hub: what is not on this machine fails at once, without retries."""
+def loading(failure: str, advice: str = "") -> Iterator[None]:
+    """Forbid downloads from the Hugging Face hub, and turn another package's error into a `ValueError` of one line."""
     was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
+    except Exception as error:
+        reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+        raise ValueError(f"{failure}: {reason}" + (f". {advice}" if advice else "")) from error
     finally:
         constants.HF_HUB_OFFLINE = was
-
-
-def shorten(error: Exception) -> str:
-    """Another package's error in one line."""
-    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

