@@ -17,16 +17,9 @@ from mllmfl_lite.repro import sha256_arrays, stable_seed, write_atomically
 
 
 class CompactModel(nn.Module):
-    """A convolutional body and a linear head.
+    """A convolutional body, images (B, 3, H, W) -> feature map (B, D, h, w), and a linear head, D -> C."""
 
-    Attributes:
-        body: maps images (B, 3, H, W) to a feature map (B, D, h, w).
-        num_features: D.
-        head: the linear classifier, D -> C.
-        names: the C class names, if they are known.
-    """
-
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  #: the C class names, if they are known
 
     def __init__(self, body: nn.Module, num_features: int, num_classes: int):
         super().__init__()
@@ -34,13 +27,9 @@ class CompactModel(nn.Module):
         self.num_features = num_features
         self.head = nn.Linear(num_features, num_classes)
 
-    def feature_map(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the last feature map (B, D, h, w)."""
-        return self.body(x)
-
     def features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> features (B, D), the mean over the feature map."""
-        return self.feature_map(x).mean((2, 3))
+        return self.body(x).mean((2, 3))
 
     def tokens(self, x: Tensor, grid: int) -> Tensor:
         """Images (B, 3, H, W) -> visual tokens (B, grid * grid, D), row by row.
@@ -48,7 +37,7 @@ class CompactModel(nn.Module):
         A larger feature map is pooled to the grid, a smaller one is repeated; if neither divides the other, that is a
         `ValueError`.
         """
-        maps = self.feature_map(x)
+        maps = self.body(x)
         height, width = maps.shape[2:]
         if grid < 1 or any(side % grid and grid % side for side in (height, width)):
             raise ValueError(
@@ -71,6 +60,10 @@ class _Shortcut(nn.Sequential):
     torch 2.15's backward pass of a strided 1x1 convolution ends the process on some CPUs.
     """
 
+    def __init__(self, inside: int, outside: int, stride: int):
+        super().__init__(nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside))
+        self.stride = stride
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :, :: self.stride, :: self.stride])
 
@@ -84,10 +77,8 @@ class _BasicBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outside)
-        self.shortcut = nn.Identity()
-        if stride != 1 or inside != outside:
-            self.shortcut = _Shortcut(nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside))
-            self.shortcut.stride = stride
+        same = stride == 1 and inside == outside
+        self.shortcut = nn.Identity() if same else _Shortcut(inside, outside, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm1(self.conv1(x)).relu_()
@@ -119,11 +110,7 @@ def resnet50(num_classes: int) -> CompactModel:
 
 
 def build_model(name: str, num_classes: int, width: int = 64, seed: int = 0) -> CompactModel:
-    """The model of that name with weights that depend on `seed` alone; `width` is for ResNet-8.
-
-    Raises:
-        ValueError: no such model, or a size below 1.
-    """
+    """The model of that name with weights that depend on `seed` alone; `width` is for ResNet-8."""
     if name not in ("resnet8", "resnet50"):
         raise ValueError(f"no model named {name!r}; there are resnet8, resnet50")
     if min(num_classes, width) < 1:
@@ -148,11 +135,7 @@ def save_model(path: str | Path, model: CompactModel, name: str, width: int = 64
 
 
 def load_model(path: str | Path) -> CompactModel:
-    """Read a model that `save_model` wrote.
-
-    Raises:
-        ValueError: no such file, not written by `save_model`, or damaged.
-    """
+    """Read a model that `save_model` wrote; any other file, or a damaged one, is a `ValueError`."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             about, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

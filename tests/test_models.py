@@ -64,21 +64,13 @@ def test_features_tokens_and_head_fit_together():
 
 
 def test_tokens_stand_row_by_row():
-    class Identity(CompactModel):
-        def feature_map(self, x):
-            return x
-
     picture = torch.arange(16.0).view(1, 1, 4, 4)
-    assert Identity(nn.Identity(), 1, 2).tokens(picture, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert CompactModel(nn.Identity(), 1, 2).tokens(picture, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
 def test_a_small_map_is_repeated_to_a_large_grid():
-    class Identity(CompactModel):
-        def feature_map(self, x):
-            return x
-
     picture = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
-    tokens = Identity(nn.Identity(), 1, 2).tokens(picture, 4).view(4, 4)
+    tokens = CompactModel(nn.Identity(), 1, 2).tokens(picture, 4).view(4, 4)
     assert tokens.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
 
 
