@@ -371,10 +371,10 @@ def pipeline_figure():
 def run_figure():
     steps = [
         ("file", ["parameters;", "wrong lines are", "named before", "it starts"], SERVER, INK),
-        ("plan", ["hours, memory,", "disk, downloads", "and their terms"], SERVER, INK),
+        ("plan", ["operations,", "rough hours,", "downloads and", "their terms"], SERVER, INK),
         ("run", ["a checkpoint", "each round;", "kill it, and", "it goes on"], CLIENT, INK),
         ("results", ["seed, commit,", "versions, device,", "each round"], "#eaf5f0", SMALL),
-        ("page", ["written from the", "files; what is", "not run is an", "empty cell"], "#eaf5f0", SMALL),
+        ("page", ["written from the", "files; what is", "not run, with", "its cost"], "#eaf5f0", SMALL),
     ]
     save("10_paper_scale.svg", 812, 170, "From a file of parameters to a page of results", *chain(steps, 130))
 
