@@ -20,9 +20,6 @@ def load_images(dataset: str, part: str = "train", size: int = 224) -> ImageSet:
             absent), ``"imagenet_lt"`` (your own ImageNet folder, see `data.imagenet_lt`).
         part: one of `PARTS`; ``"web"`` are the server's open images, whose labels are for measuring only.
         size: pixels a side at which files are read.
-
-    Raises:
-        ValueError: no such data set or part; files are absent or damaged.
     """
     if dataset not in PARTS:
         raise ValueError(f"no data set named {dataset!r}; there are {', '.join(PARTS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -98,14 +99,12 @@ class FileBatches:
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
         """`augmented` for each run of indices; the next is decoded while the last is in use."""
-        ahead: list[Future] = []
+        ahead: deque[list[Future]] = deque()
         for part in [part.cpu() for part in parts]:  # all at once: a GPU is synchronised once
-            begun = self._begin(part, generator)
-            if ahead:
-                yield self._collect(ahead)
-            ahead = begun
-        if ahead:
-            yield self._collect(ahead)
+            ahead.append(self._begin(part, generator))
+            if len(ahead) > 1:
+                yield self._collect(ahead.popleft())
+        yield from map(self._collect, ahead)
 
     def _begin(self, indices: Tensor, generator: torch.Generator) -> list[Future]:
         drawn = torch.rand(len(indices), 1 + 4 * TRIES, generator=generator).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,14 +57,14 @@ def read_list(path: str | Path) -> tuple[list[str], np.ndarray]:
     """
     paths, labels = [], []
     for number, line in read_lines(Path(path)):
-        name, _, label = line.replace("\t", " ").rpartition(" ")
-        if not name.strip() or not (label.isascii() and label.isdigit() and len(label) < 10):
+        found = re.fullmatch(r"(.+?)[ \t]+([0-9]{1,9})", line)
+        if not found:
             raise ValueError(
                 f"line {number} of {path} must be a path and a class number, as in "
                 f"'train/n01440764/n01440764_762.JPEG 0'; it is {line[:100]!r}"
             )
-        paths.append(name.strip())
-        labels.append(int(label))
+        paths.append(found[1])
+        labels.append(int(found[2]))
     if not paths:
         raise ValueError(f"the list {path} has no lines; fetch it again")
     return paths, np.array(labels, dtype=np.int64)

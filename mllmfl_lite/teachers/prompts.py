@@ -12,11 +12,7 @@ KINDS = ("conversation", "detailed_description", "complex_reasoning")
 
 
 def load_prompts(folder: str | Path | None = None) -> dict[str, str]:
-    """The prompts of a folder, one text file a kind (``detailed_description.txt``, ...); default: the bundled ones.
-
-    Raises:
-        ValueError: no prompt, an empty one, or one that is not UTF-8.
-    """
+    """The prompts of a folder, one text file a kind (``detailed_description.txt``, ...); default: the bundled ones."""
     folder = Path(folder or PROMPTS)
     try:
         prompts = {path.stem: path.read_text(encoding="utf-8-sig").strip() for path in sorted(folder.glob("*.txt"))}
@@ -24,9 +20,9 @@ def load_prompts(folder: str | Path | None = None) -> dict[str, str]:
         raise ValueError(f"a prompt in {folder} is not UTF-8 text ({error}); save it again as UTF-8") from error
     empty = [kind for kind, prompt in prompts.items() if not prompt]
     if empty or not prompts:
+        found = f"empty: {', '.join(empty)}" if empty else "it holds none"
         raise ValueError(
-            f"{folder} must hold a text file for each kind ({', '.join(KINDS)}), none of them empty; "
-            + (f"empty: {', '.join(empty)}" if empty else "it holds none")
+            f"{folder} must hold a text file for each kind ({', '.join(KINDS)}), none of them empty; {found}"
         )
     return prompts
 
