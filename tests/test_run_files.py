@@ -51,7 +51,8 @@ def tiny(tmp_path):
 
 def test_there_is_a_file_for_every_scale_benchmark_and_method():
     full = [f"{data}_lt_if{factor}" for data in ("cifar10", "cifar100") for factor in (10, 50, 100)] + ["imagenet_lt"]
-    wanted = {"paper": full, "medium": full, "laptop": [f"cifar10_mini_lt_if{factor}" for factor in (10, 50, 100)]}
+    clean, laptop = "cifar10_lt_if100_clean", [f"cifar10_mini_lt_if{factor}" for factor in (10, 50, 100)]
+    wanted = {"paper": full, "medium": [*full, clean], "laptop": laptop}
     assert {(s, b) for s, names in wanted.items() for b in names} == {(p.parent.name, p.stem) for p in BENCHMARKS}
     methods = {"fedavg", "fedavgm", "fedprox", "creff", "clip2fl", "mllm_llava_fl", "stage1", "stage3", "stage3_ce",
                "server_only", "creff_stage3", "clip2fl_stage3", "mllm_llava_fl_ce"}  # fmt: skip
@@ -140,12 +141,10 @@ def test_committed_results_are_whole():
         ("dataset: 10", "dataset: must be"),
         ("width: 5\nwidth: 6", "cannot be read: the key 'width' stands twice; keep one of them"),
         ("federated: {lr: 0.1, lr: 0.2}", "the key 'lr' stands twice"),
-        ("? [a]\n: 1", "the key ['a'] must be text"),
-        ("federated: {1: 2}", "the key 1 must be text"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nwidth: [*b, *b]", "aliases (*name) are not allowed; write the value out"),
-        ("width: " + "[" * 5_000, "it is nested too deeply"),
+        ("? [a]\n: 1", "cannot be read"),
+        ("federated: {1: 2}", "federated.1: there is no such setting"),
+        ("width: " + "[" * 5_000, "cannot be read"),
         ("width: " + "{a: " * 5_000, "cannot be read"),
-        ("pool: " + "x" * 10_000_000, "it has more than 100,000 bytes"),
         ("- width", "must hold lines of the form `name: value`; it holds a list"),
         ("", "it holds a NoneType"),
         ("width: [", "cannot be read"),

@@ -1,0 +1,125 @@
+"""The queue of runs behind the book's conclusions: the next undone one, in order of importance, until stopped.
+
+    python scripts/evidence.py            # goes on where it was stopped; one core, beside other work
+    python scripts/evidence.py --list     # says what is done, what is left and its price; runs nothing
+
+What is committed is done. A run that is killed resumes from its last round; results files are written atomically.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tune
+from sweep import RESULTS, RUNS
+
+from mllmfl_lite.runs.files import Run, read_runs
+from mllmfl_lite.runs.needs import missing
+from mllmfl_lite.runs.plan import in_words, total_hours
+from mllmfl_lite.runs.run import run_experiment
+
+LAPTOP, MEDIUM = "laptop/cifar10_mini_lt_if100", "medium/cifar10_lt_if100_clean"
+PRIMARY = ["stage3", "stage3_ce", "server_only", "fedyoyo", "fedyoyo_stage3"]
+WITH_STAGE_1 = ["stage1", "mllm_llava_fl", "mllm_llava_fl_ce", "fedyoyo_all_three"]
+OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
+QUEUE = [  # benchmark, methods, seeds
+    (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:], "server_only_ce"], range(10)),
+    (LAPTOP, WITH_STAGE_1, range(3)),  # bundled weights of stage 1 have three seeds
+    (MEDIUM, ["fedavg", *PRIMARY, *OTHERS[1:5]], range(3)),
+    (MEDIUM, PRIMARY, range(3, 5)),
+    (MEDIUM, [*OTHERS[5:], "server_only_ce"], range(3)),
+]
+
+
+class Job(NamedTuple):
+    """One entry of the queue that is not done: a run of one seed, or (no seed) a method's six trials."""
+
+    benchmark: Path
+    name: str
+    seed: int | None
+
+    def __str__(self) -> str:
+        what = "six trials" if self.seed is None else f"seed {self.seed}"
+        return f"{self.benchmark.parent.name}/{self.benchmark.stem}: {self.name}, {what}"
+
+    def run(self) -> Run:
+        """The run, with the best settings of the trials; without trials a ValueError."""
+        return read_runs([self.benchmark], [tuned(self.benchmark, self.name)], [self.seed or 0])[0]
+
+    def hours(self) -> float:
+        """Estimate for a laptop; before the trials that of FedAvg. Trials count as six runs."""
+        known = tuned(self.benchmark, self.name).exists()
+        of = self.run() if known else read_runs([self.benchmark], [], [0])[0]
+        return total_hours([of.experiment], "laptop") * (6 if self.seed is None else 1)
+
+
+def undone() -> Iterator[Job]:
+    """The queue's jobs that are left. Trials come before the runs that use their best settings."""
+    asked = set()
+    for place, methods, seeds in QUEUE:
+        benchmark = RUNS / f"{place}.yaml"
+        needed = dict.fromkeys(name for m in methods for name in (tune.ROUNDS_OF.get(m), m) if name)
+        for name in needed:
+            if not tuned(benchmark, name).exists() and (benchmark, name) not in asked:
+                asked.add((benchmark, name))
+                yield Job(benchmark, name, None)
+        for job in (Job(benchmark, method, seed) for seed in seeds for method in methods):
+            if not tuned(benchmark, job.name).exists() or not job.run().is_done(folder(benchmark)):
+                yield job
+
+
+def tuned(benchmark: Path, name: str) -> Path:
+    """The file with the best of a method's trials."""
+    return benchmark.parent / "tuned" / f"{name}.yaml"
+
+
+def folder(benchmark: Path) -> Path:
+    """Where the results are."""
+    return RESULTS / benchmark.parent.name / "tuned" / benchmark.stem
+
+
+def do(job: Job) -> None:
+    """Carry out one job."""
+    if job.seed is None:
+        tune.tune(job.benchmark, job.name)
+    else:
+        run = job.run()
+        run_experiment(run.experiment, folder(job.benchmark), "cpu", 1, run.label, shared="../..")
+
+
+def describe() -> Iterator[str]:
+    """What is left, a line for each method of each benchmark, with its price."""
+    left: dict[tuple[Path, str], list[Job]] = {}
+    for job in undone():
+        left.setdefault((job.benchmark, job.name), []).append(job)
+    for (benchmark, name), jobs in left.items():
+        seeds = [str(job.seed) for job in jobs if job.seed is not None]
+        what = "six trials, " * (len(seeds) < len(jobs)) + f"seeds {' '.join(seeds)}"
+        yield f"{benchmark.parent.name}/{benchmark.stem} {name}: {what}: about {in_words(sum(j.hours() for j in jobs))}"
+    benchmarks = dict.fromkeys(benchmark for benchmark, _ in left)
+    for need in sorted({need for b in benchmarks for need in missing(read_runs([b], [], [0])[0].experiment)}):
+        yield f"missing: {need}"
+    done, jobs = len(list(RESULTS.glob("*/tuned/*/*.json"))), [job for jobs in left.values() for job in jobs]
+    yield f"{done} runs done, {len(jobs)} jobs left, about {in_words(sum(job.hours() for job in jobs))} of one core"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="say what is left, run nothing")
+    if parser.parse_args().list:
+        print(*describe(), sep="\n")
+        sys.exit()
+    torch.set_num_threads(1)
+    failed: set[str] = set()
+    while job := next((job for job in undone() if str(job) not in failed), None):
+        print(job, flush=True)
+        try:
+            do(job)
+        except Exception:  # the others go on, whatever it is
+            failed.add(str(job))
+            print(f"failed, and left for the next start: {job}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    sys.exit(bool(failed))

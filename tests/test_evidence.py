@@ -1,0 +1,64 @@
+"""The queue of runs and the trials before them: order, interruption, what is done stays done."""
+
+import json
+
+import evidence
+import pytest
+import tune
+import yaml
+
+WORLD = {
+    "dataset": "cifar10_mini", "imbalance_factor": 100, "num_clients": 10, "width": 4,
+    "federated": {"rounds": 1, "clients_per_round": 1, "local_epochs": 1, "eval_every": 5, "report_rounds": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    for module in (evidence, tune):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    monkeypatch.setattr(evidence, "QUEUE", [("laptop/world", ["fedavg"], range(2))])
+    (tmp_path / "laptop").mkdir()
+    (tmp_path / "laptop" / "world.yaml").write_text(yaml.safe_dump(WORLD))
+    return tmp_path
+
+
+def test_an_interrupted_queue_goes_on_and_ends(queue, monkeypatch):
+    assert [str(job) for job in evidence.undone()] == [
+        f"laptop/world: fedavg, {what}" for what in ("six trials", "seed 0", "seed 1")
+    ]
+    real, rates = tune.trial, []
+
+    def dies_in_the_third(of, *more):
+        if len(rates) == 2:
+            raise KeyboardInterrupt
+        rates.append(of.federated.lr)
+        return real(of, *more)
+
+    monkeypatch.setattr(tune, "trial", dies_in_the_third)
+    trials = next(evidence.undone())
+    with pytest.raises(KeyboardInterrupt):
+        evidence.do(trials)
+    monkeypatch.setattr(tune, "trial", lambda of, *more: (rates.append(of.federated.lr), of.federated.lr)[1])
+    evidence.do(trials)
+    assert rates == [0.02, 0.05, 0.1, 0.2, 0.3, 0.5], "none is made twice"
+    written = json.loads((queue / "results/laptop/tuning/world/fedavg.json").read_text())
+    assert [trial["settings"]["federated"]["lr"] for trial in written] == rates
+    assert yaml.safe_load((queue / "laptop/tuned/fedavg.yaml").read_text()) == {"federated": {"lr": 0.5}}
+
+    evidence.do(next(evidence.undone()))
+    assert [job.seed for job in evidence.undone()] == [1]
+    assert next(evidence.describe()).startswith("laptop/world fedavg: seeds 1: about")
+    evidence.do(next(evidence.undone()))
+    assert list(evidence.undone()) == [] and len(list((queue / "results/laptop/tuned/world").glob("*.json"))) == 2
+
+
+def test_every_method_has_six_trials_and_none_uses_a_test_image():
+    for what, choices in tune.METHODS.values():
+        assert len(tune.combinations(choices)) == 6 and not {"seed", "dataset"} & what.keys()
+    assert {name for _, methods, _ in evidence.QUEUE for name in methods} <= tune.METHODS.keys()
+    federation = tune.world(tune.experiment_of(WORLD))
+    train, held = ({image.tobytes() for image in part.images} for part in (federation.train, federation.test))
+    test = {image.tobytes() for image in tune.load_clients_part(tune.experiment_of(WORLD)).images}
+    assert held <= test and not held & train and len(held) == 1000
