@@ -53,9 +53,11 @@ def serve():
         server.close()
 
 
-def backend(server, waits=None, **options):
-    pause = waits.append if waits is not None else lambda _: None
-    return EndpointBackend(server.url, "m", **{"concurrency": 2, "retries": 2, "pause": pause, **options})
+def backend(server, pause=lambda seconds: None, **options):
+    """A backend that calls `pause` in place of waiting."""
+    made = EndpointBackend(getattr(server, "url", server), "m", **{"concurrency": 2, "retries": 2, **options})
+    made._wait = lambda seconds, reason: pause(seconds)
+    return made
 
 
 def go(pool, server, tmp_path, kinds=(KIND,), tell=lambda _: None, retry=False, **options):
@@ -165,7 +167,7 @@ def test_a_rate_limit_that_stays_ends_the_run_and_keeps_what_came(pool, serve, t
         return (200, chat()) if len(count) <= 2 else (429, error("2 a day"))
 
     with pytest.raises(ValueError, match=r"429: 2 a day.*2 of 6 texts were written"):
-        go(pool, serve(reply), tmp_path, waits=waits, concurrency=1, retries=4)
+        go(pool, serve(reply), tmp_path, pause=waits.append, concurrency=1, retries=4)
     assert waits == [0.5, 1.0, 2.0, 4.0] and len(read_records(tmp_path / "a.jsonl")) == 2
 
 
@@ -174,7 +176,7 @@ def test_a_rate_limit_that_stays_ends_the_run_and_keeps_what_came(pool, serve, t
 ])  # fmt: skip
 def test_retry_after_in_all_its_forms(pool, serve, tmp_path, header, expected):
     replies, waits = [(429, error("wait"), {"Retry-After": header})], []
-    go(pool, serve(lambda request: replies.pop() if replies else (200, chat())), tmp_path, waits=waits)
+    go(pool, serve(lambda request: replies.pop() if replies else (200, chat())), tmp_path, pause=waits.append)
     assert waits == [expected]
 
 
@@ -185,7 +187,7 @@ def test_retry_after_in_all_its_forms(pool, serve, tmp_path, header, expected):
 def test_a_limit_that_waiting_does_not_lift_ends_the_run_at_once(pool, serve, tmp_path, reply):
     waits = []
     with pytest.raises(ValueError, match="429"):
-        go(pool, serve(lambda request: reply), tmp_path, waits=waits)
+        go(pool, serve(lambda request: reply), tmp_path, pause=waits.append)
     assert waits == []
 
 
@@ -230,7 +232,7 @@ def test_nobody_listens(pool, tmp_path):
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
     with pytest.raises(ValueError, match=r"see that it runs. 0 of 6 texts were written"):
-        annotate(pool, EndpointBackend(url, "m", pause=lambda _: None), tmp_path / "a.jsonl", [KIND])
+        annotate(pool, backend(url), tmp_path / "a.jsonl", [KIND])
 
 
 @pytest.mark.parametrize(

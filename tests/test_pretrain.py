@@ -465,17 +465,13 @@ def test_another_runs_folder_is_refused(texts, web, mllm, tmp_path):
         pretrain(compact(), other, views, texts, small(epochs=1), folder=tmp_path)
 
 
-def test_a_loss_that_is_not_a_number_stops_it_and_names_the_batch(texts, web, mllm, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_it_and_names_the_batch(texts, web, mllm):
     class Poisoned(Views):
         def compact(self, indices, generator):
             x = super().compact(indices, generator)
             return x * math.nan if 7 in indices and generator is not None else x
 
-    with pytest.raises(ValueError, match=r"bad_batch.json") as caught:
-        pretrain(compact(), mllm, Poisoned(web, mllm), texts, small(), folder=tmp_path)
-    saved = json.loads((tmp_path / "bad_batch.json").read_text())
-    assert str(tmp_path) in str(caught.value) and "0007" in saved["images"] and len(saved["images"]) == 4
-    with pytest.raises(ValueError, match="its images: "):
+    with pytest.raises(ValueError, match=r"its images: (\d{4}, ){0,3}0007(, \d{4}){0,3}\."):
         pretrain(compact(), mllm, Poisoned(web, mllm), texts, small())
 
 

@@ -96,7 +96,8 @@ class _Run:
         """Ask what is wanted; whatever ends the run, say how far it got."""
         if self.skipped:
             self.tell(f"{self.skipped:,} questions were rejected before and are not asked again")
-        if more := sum(map(self.rejected.had_too_few_tokens, self.wanted)):
+        known = self.rejected.entries
+        if more := sum(known[question.key].tokens > 0 for question in self.wanted if question.key in known):
             self.tell(f"{more:,} questions for which the tokens were too few are asked again, now with more")
         try:
             self._ask()

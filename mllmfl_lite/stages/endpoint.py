@@ -11,7 +11,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
@@ -42,7 +42,6 @@ class EndpointBackend:
         timeout: seconds to wait for one answer.
         retries: see above.
         max_side: pixels; larger images are made smaller before they are sent.
-        pause: waits so many seconds before a further attempt; returns True if the run has ended meanwhile.
 
     Raises:
         ValueError: a number, the address or the key cannot be used.
@@ -59,7 +58,6 @@ class EndpointBackend:
         timeout: float = 120.0,
         retries: int = 5,
         max_side: int = 1024,
-        pause: Callable[[float], object] | None = None,
     ):
         from openai import OpenAI, Timeout  # slow
 
@@ -70,7 +68,7 @@ class EndpointBackend:
             )
         key, url = _api_key(), url.strip()
         self.model, self.max_new_tokens, self.concurrency = model.strip(), max_new_tokens, concurrency
-        self.timeout, self.retries, self.max_side, self._pause = timeout, retries, max_side, pause
+        self.timeout, self.retries, self.max_side = timeout, retries, max_side
         shown = re.sub("://.*@", "://***@", url)
         if not re.match(r"https?://[^/]", url) or not url.isprintable():
             raise ValueError(f"an endpoint is an address that begins with http:// or https://; got {shown!a}")
@@ -140,11 +138,12 @@ class EndpointBackend:
                     return Answer(refusal=problem.reason, fault=problem.fault)
                 attempt += 1
 
-    def _wait(self, seconds: float, reason: str) -> object:
+    def _wait(self, seconds: float, reason: str) -> bool:
+        """Wait before a further attempt; return True if the run has ended meanwhile."""
         if seconds > SAID and time.monotonic() > self._quiet_until:
             self._quiet_until = time.monotonic() + seconds
             logging.getLogger(__name__).warning("waiting %.0f s: %s", seconds, reason)
-        return (self._pause or self._stop.wait)(seconds)
+        return self._stop.wait(seconds)
 
     def _send(self, message: Any) -> Answer:
         """Send one request; settings that the server does not take are renamed or left out for all that follow."""

@@ -18,15 +18,7 @@ from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data.folders import find_unreadable
 from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import (
-    PRECISIONS,
-    Execution,
-    pick_device,
-    progress_bar,
-    sha256_arrays,
-    torch_generator,
-    write_json,
-)
+from mllmfl_lite.repro import PRECISIONS, Execution, pick_device, progress_bar, sha256_arrays, torch_generator
 from mllmfl_lite.stages.mixture import FrozenReader, TextBatch, mixed_loss, new_encoder
 from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 from mllmfl_lite.stages.texts import Texts
@@ -59,7 +51,7 @@ def pretrain(
     arguments, and the first one writes checkpoints. A run resumes with as many processes as it began with.
 
     Raises:
-        ValueError: parts that do not fit; or a loss or gradient that is not finite: the batch's image ids are saved.
+        ValueError: parts that do not fit; or a loss or gradient that is not finite: the batch's images are named.
         CheckpointError: the folder belongs to another run, is damaged, in use or not writable.
     """
     execution = execution or Execution(device="cpu")
@@ -143,7 +135,7 @@ class _Run:
         rest = itertools.chain.from_iterable(map(self._epoch, range(first // self.per_epoch, settings.epochs)))
         with progress_bar(self.steps, "steps", self.label, first) as bar:
             for done, rows in enumerate(itertools.islice(rest, first % self.per_epoch, None), first + 1):
-                self._step(trained, optimizer, rows, folder)
+                self._step(trained, optimizer, rows)
                 self.seconds = time.perf_counter() - started
                 bar.set_postfix_str(f"alpha {self.history[-1]['alpha']:.2f}, loss {self.history[-1]['loss']:.3f}")
                 bar.update()
@@ -153,7 +145,7 @@ class _Run:
         model.head.requires_grad_(True)
         return Pretrained(model, projection, self.history, self.seconds)
 
-    def _step(self, trained: nn.Module, optimizer: Optimizer, rows: np.ndarray, folder: RunFolder | None) -> None:
+    def _step(self, trained: nn.Module, optimizer: Optimizer, rows: np.ndarray) -> None:
         step, process = len(self.history), self.accelerator.process_index
         alpha = self.settings.alpha(step, self.steps)
         optimizer.param_groups[0]["lr"] = self.settings.rate(step, self.steps)
@@ -162,14 +154,18 @@ class _Run:
         length = math.nan
         if math.isfinite(loss.item()):
             self.accelerator.backward(loss)
-            gradient = _gradient_norm(self.encoder.model)
+            squares = [p.grad.float().square().sum() for p in self.encoder.model.parameters() if p.grad is not None]
             length = nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0).item()
         if not math.isfinite(length):
-            raise self._diverged(step, rows, folder)
+            images = ", ".join(self.texts.ids[i] for i in self.texts.image[rows])
+            raise ValueError(
+                f"the loss or gradient of step {step} is not finite; its images: {images:.2000}. Look at them, lower "
+                "lr, or use float32. This batch changed no weight; the checkpoint before it is good"
+            )
         optimizer.step()
         optimizer.zero_grad()
-        record = {"step": step, "alpha": round(alpha, 6), "loss": loss.item(), **parts, "gradient": gradient}
-        self.history.append(record)
+        record = {"step": step, "alpha": round(alpha, 6), "loss": loss.item(), **parts}
+        self.history.append({**record, "gradient": torch.stack(squares).sum().sqrt().item()})
 
     def _loss(
         self, trained: nn.Module, alpha: float, rows: np.ndarray, generator: torch.Generator
@@ -180,17 +176,6 @@ class _Run:
         batch = TextBatch(self.views.compact(images, generator if settings.augment else None), tokens, ids, labels)
         with torch.autocast(device.type, PRECISIONS[settings.precision], enabled=settings.precision != "float32"):
             return mixed_loss(trained, self.reader, alpha, batch, settings.language_weight, settings.feature_weight)
-
-    def _diverged(self, step: int, rows: np.ndarray, folder: RunFolder | None) -> ValueError:
-        ids = [self.texts.ids[i] for i in self.texts.image[rows]]
-        where = f"its images: {', '.join(ids[:8])}"
-        if folder:
-            write_json(folder.path / "bad_batch.json", {"step": step, "images": ids, "texts": rows.tolist()})
-            where = f"its images are listed in {folder.path / 'bad_batch.json'}"
-        return ValueError(
-            f"the loss or gradient of step {step} is not finite; {where}. Look at them, lower lr, or use float32. This "
-            "batch changed no weight; the checkpoint before it is good"
-        )
 
     def _save(self, folder: RunFolder, optimizer: Optimizer) -> None:
         tensors = {f"encoder.{name}": tensor.cpu() for name, tensor in self.encoder.state_dict().items()}
@@ -210,9 +195,3 @@ class _Run:
 
 def _within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _gradient_norm(module: nn.Module) -> float:
-    """Norm of the gradient of all parameters together."""
-    squares = [p.grad.float().square().sum() for p in module.parameters() if p.grad is not None]
-    return torch.stack(squares).sum().sqrt().item() if squares else 0.0

@@ -21,7 +21,7 @@ class Rejection:
     model: str  #: who was asked
     prompt: str  #: its hash, see `prompt_hash`
     tokens: int = 0  #: how many were too few; 0 if that is not the reason
-    last: bool = False  #: the run ended with it: it is asked once more, at the end of the next run
+    last: bool = False  #: the run ended with it, so it is asked once more, at the end of the next run
 
 
 class Rejected:
@@ -48,11 +48,6 @@ class Rejected:
         if found is None or (found.model, found.prompt) != (self.backend.model, prompt_hash(question.prompt)):
             return None
         return None if 0 < found.tokens < self.backend.max_new_tokens else found
-
-    def had_too_few_tokens(self, question: Question) -> bool:
-        """Return True if a question got no text for lack of tokens."""
-        found = self.entries.get(question.key)
-        return found is not None and found.tokens > 0
 
     def add(self, question: Question, answer: Answer) -> None:
         """Enter a question that was refused."""
