@@ -1,6 +1,7 @@
 """The bounds of the package: small files, short functions, imports that point downwards. `make lint` prints them."""
 
 import ast
+import re
 import statistics
 from pathlib import Path
 
@@ -124,6 +125,12 @@ def test_only_slow_packages_are_imported_inside_functions():
         if module.split(".")[0] not in SLOW
     ]
     assert not inside
+
+
+def test_descriptions_of_fields_have_no_colon():
+    """Sphinx would read what stands before it as a type."""
+    pattern = re.compile(r"#: .*:(?: |$)")
+    assert not [f"{name}: {line}" for name, path in FILES.items() for line in pattern.findall(path.read_text("utf-8"))]
 
 
 def test_no_module_names_the_repository():

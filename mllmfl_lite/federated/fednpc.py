@@ -20,7 +20,7 @@ class FedNPC(FedAvg):
     the number of steps is fixed beforehand, not chosen on test images.
     """
 
-    steps: int = 27  #: of SGD (CIFAR-100: 49)
+    steps: int = 27  #: of SGD; 49 for CIFAR-100
     vectors: int = 10_000
     lr: float = 0.1
     momentum: float = 0.9

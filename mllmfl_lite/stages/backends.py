@@ -34,7 +34,7 @@ class Answer:
     finished: bool = True  #: False if it was cut off by the token limit or a content filter
     model: str = ""  #: who answered, if the server says so
     refusal: str = ""  #: why there is no text
-    fault: str = ""  #: whose the refusal is: ``"server"``, ``"request"``, ``"tokens"``; empty: the image file's
+    fault: str = ""  #: whose the refusal is, ``"server"``, ``"request"`` or ``"tokens"``; empty for the image file's
 
 
 Open = Callable[[str], Image.Image]

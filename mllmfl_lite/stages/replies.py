@@ -31,7 +31,7 @@ class Problem(Exception):
         super().__init__(reason)
         self.reason = reason
         self.fault = fault  #: as in `Answer`; ``"run"`` if no request can succeed
-        self.wait = wait  #: seconds until it may be sent again, 0 if nobody says; None: never
+        self.wait = wait  #: seconds until it may be sent again, 0 if nobody says, None for never
         self.advice = advice  #: what to do if it stays
 
 
