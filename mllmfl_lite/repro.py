@@ -39,7 +39,7 @@ class Execution:
 
     folder: str | Path | None = None  #: for checkpoints, from which a run resumes; None keeps nothing
     device: str = "auto"  #: see `pick_device`
-    workers: int | None = None  #: threads that train clients; default: one a core, one on a GPU
+    workers: int | None = None  #: threads that train clients, by default one a core, one on a GPU
     label: str = ""  #: text of the progress bar
 
 
@@ -69,7 +69,7 @@ def _sentence(problem: ErrorDetails) -> str:
 
 def nested(cls: type) -> BeforeValidator:
     """Let a dictionary stand for settings of that class: ``align: Annotated[AlignSettings, nested(AlignSettings)]``."""
-    return BeforeValidator(lambda value: cls(**value) if isinstance(value, dict) else value)
+    return BeforeValidator(lambda given: cls(**{str(k): v for k, v in given.items()}) if type(given) is dict else given)
 
 
 @dataclass_transform(frozen_default=True)

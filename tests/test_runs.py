@@ -114,7 +114,7 @@ def test_the_papers_protocol_is_the_default():
         ({"stages": [1, 2], "pool_images": 9}, "annotations are 'bundled', which describe the whole pool"),
         ({"stages": [1, 2], "annotations": "old"}, "annotations must be 'bundled', 'new' or a .jsonl file; got 'old'"),
         ({"stages": [2, 3], "method": "creff", "align": {"when": "each round"}}, "which is a server step of 'fedavg'"),
-        ({"federated": {1: 2}}, "keywords must be strings"),
+        ({"federated": {1: 2}}, "federated.1: there is no such setting"),
         ({"rounds": 5}, "rounds: write it inside federated, pretrain or align"),
     ],
     ids=str,

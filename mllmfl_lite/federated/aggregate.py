@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,13 @@ class ClientResult:
         return ClientResult(state, extra, self.loss)
 
 
-def weighted_mean(states: list[State], weights: list[float]) -> State:
-    """Weighted mean of states, entry by entry (McMahan et al., 2017, Algorithm 1: weights are sample counts n_k).
+Answers = tuple[dict[int, ClientResult], dict[int, str]]  # by client; reasons by client that is left out
 
-    The whole state is averaged, BatchNorm statistics included. Sums run in float64 and in list order. Integer entries
-    (BatchNorm's step counter) are rounded and stay integers.
+
+def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
+    """Weighted mean of whole states, entry by entry (McMahan et al., 2017, Algorithm 1: weights are image counts n_k).
+
+    Sums run in float64 and in list order. Integer entries (BatchNorm's step counter) are rounded and stay integers.
 
     Raises:
         ValueError: no states, weights that do not fit, are negative or all zero, or states of different shapes.
@@ -52,19 +54,21 @@ def weighted_mean(states: list[State], weights: list[float]) -> State:
 
 
 def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
-    mean = sum(t.double() * share for t, share in zip(tensors, shares, strict=True))
+    zero = torch.zeros_like(tensors[0], dtype=torch.float64)
+    mean = sum((t.double() * share for t, share in zip(tensors, shares, strict=True)), zero)
     return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
 
 
 def accept(
-    results: dict[int, ClientResult], steps: dict[int, int], state: State, check_upload: Callable[[State, State], None]
-) -> tuple[dict[int, ClientResult], dict[int, str]]:
+    answers: Answers, steps: dict[int, int], state: State, check_upload: Callable[[State, State], None]
+) -> Answers:
     """Sound results by rising client number, on the server's device; for all others the reason.
 
     `steps` has the local steps of each client that was asked, `state` the weights that the round started from.
     """
-    sound, reasons = {}, {}
-    for client, result in sorted(results.items()):
+    sent, left_out = answers
+    sound, reasons = {}, {client: "it did not answer" for client in steps if client not in sent}
+    for client, result in sorted(sent.items()):
         try:
             if client not in steps:
                 raise ValueError("it was not asked in this round")
@@ -74,12 +78,11 @@ def accept(
             sound[client] = moved
         except Exception as error:  # nothing that a client sends may end the run
             reasons[client] = str(error) if isinstance(error, ValueError) else repr(error)
-    reasons |= outliers({client: result.state for client, result in sound.items()}, steps, state)
+    reasons |= outliers({client: result.state for client, result in sound.items()}, steps, state) | left_out
     return {client: result for client, result in sound.items() if client not in reasons}, reasons
 
 
 def _check(sent: ClientResult, state: State) -> None:
-    """Raise `ValueError` unless weights have the global ones' names, shapes and types, and all numbers are possible."""
     if sent.state.keys() != state.keys():
         raise ValueError(f"its weights have other names: {sorted(sent.state.keys() ^ state.keys())[:3]}")
     for name, tensor in sent.state.items():
@@ -102,17 +105,14 @@ def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dic
     steps (a random walk grows so). The median is the lower one. A single client has nothing to be compared with.
     """
     reasons: dict[int, str] = {}
+    ceiling = f"as far a step as the round's median; at most {NORM_FACTOR:g} times is accepted"
     for part in ("weights", "BatchNorm statistics"):
         names = [n for n in state if state[n].is_floating_point() and ("running_" in n) == (part != "weights")]
         norms = {client: _distance(sent[client], state, names) / math.sqrt(steps[client]) for client in sent}
         median = sorted(norms.values())[(len(norms) - 1) // 2] if norms else 0.0
         for client, norm in norms.items():
             if norm > NORM_FACTOR * median > 0:
-                reasons.setdefault(
-                    client,
-                    f"its {part} moved {norm / median:.3g} times as far a step as the round's median; "
-                    f"at most {NORM_FACTOR:g} times is accepted",
-                )
+                reasons.setdefault(client, f"its {part} moved {norm / median:.3g} times {ceiling}")
     return reasons
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,20 @@ from mllmfl_lite.teachers import load_zero_shot
 from mllmfl_lite.teachers.answers import ask_teacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CLIP2FL(CReFF):
     """CLIP-guided federated learning (Shi et al., 2024): CReFF, with CLIP as a teacher on both sides.
 
     A client minimises ``CE + distill * T^2 * KL(softmax(clip / T) || softmax(out / T))``. On the server a contrastive
     loss on class means, after a linear map, draws the synthetic features of each class to CLIP's text feature of its
-    name.
+    name. `for_clients` asks CLIP.
 
-    Our reading: CLIP sees each image once, whole, without augmentation, so its logits are computed before the first
-    round; the linear map is optimised with the features, at the same step size.
+    Our reading: CLIP sees each image once, whole, before the first round; the linear map is optimised with the
+    features, at the same step size.
     """
 
-    clip_logits: Tensor = None  #: CLIP's, on all clients' images (N, C)
-    text_features: Tensor = None  #: CLIP's, of the class names, of unit length (C, D_text)
+    clip_logits: Tensor  #: CLIP's, on all clients' images (N, C)
+    text_features: Tensor  #: CLIP's, of the class names, of unit length (C, D_text)
     clip_flops: int = 0  #: operations of CLIP's image encoder on one image
     clip_bytes: int = 0  #: of its weights
     distill: float = 1.0  #: weight of the client's distillation
@@ -39,17 +40,13 @@ class CLIP2FL(CReFF):
     contrast_temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.clip_logits is None or self.text_features is None:
-            raise ValueError("CLIP2FL needs CLIP's logits and text features; make it with CLIP2FL.for_clients(train)")
         columns, rows = self.clip_logits.shape[1], len(self.text_features)
         if columns != rows:
             raise ValueError(f"clip_logits needs a column a class, text_features a row; there are {columns} and {rows}")
 
     @classmethod
-    def for_clients(
-        cls, train: ImageSet, clip: str = "tiny_clip", folder: str | Path = "", **options: float
-    ) -> CLIP2FL:
-        """Ask the teacher of that name about the clients' images and the class names; the folder caches its answers."""
+    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: Any) -> CLIP2FL:
+        """Ask that teacher (default: the bundled one) about images and class names; the folder caches its answers."""
         teacher = load_zero_shot(clip or "tiny_clip")
         flops, size = teacher.image_cost()
         return cls(
@@ -63,8 +60,7 @@ class CLIP2FL(CReFF):
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """Cross-entropy and the distillation of CLIP's answer."""
         logits = model(x)
-        teacher_logits = self.clip_logits[rows.to(self.clip_logits.device)].to(x.device)
-        return cross_entropy(logits, y) + self.distill * distillation(logits, teacher_logits, self.temperature)
+        return cross_entropy(logits, y) + self.distill * distillation(logits, self.clip_logits[rows], self.temperature)
 
     def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
         """CReFF's, and the linear map (D_text, D)."""

@@ -24,11 +24,8 @@ def head_gradients(features: Tensor, labels: Tensor, weight: Tensor, bias: Tenso
     column; dimensions in front are separate groups.
     """
     error = softmax(features @ weight.T + bias, -1) - one_hot(labels, len(weight))
-    return error.transpose(-1, -2) @ _with_one(features) / features.shape[-2]
-
-
-def _with_one(features: Tensor) -> Tensor:
-    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
+    with_one = torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
+    return error.transpose(-1, -2) @ with_one / features.shape[-2]
 
 
 def strongly_augmented(batches: Batches, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -40,15 +37,14 @@ def strongly_augmented(batches: Batches, rows: Tensor, generator: torch.Generato
     light, contrast = (torch.rand(2, count, 1, 1, 1, generator=generator) - 0.5).to(x)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * (1 + contrast) + mean + light
-    sides = torch.tensor(x.shape[2:])
-    corner = (torch.rand(2, count, generator=generator) * sides[:, None]).long().to(x.device)
-    blank = [_near(corner[axis], int(side)) for axis, side in enumerate(sides)]
-    return x.masked_fill(blank[0][:, None, :, None] & blank[1][:, None, None, :], 0.0)
-
-
-def _near(centre: Tensor, side: int) -> Tensor:
-    """Mark the pixels within a quarter of the side of each centre (B,): bool (B, side)."""
-    return (torch.arange(side, device=centre.device) - centre[:, None]).abs() < side // 4
+    sides = torch.tensor(x.shape[2:])[:, None]
+    centres = (torch.rand(2, count, generator=generator) * sides).long().to(x.device)
+    distances = [
+        (torch.arange(n, device=x.device) - centre[:, None]).abs()
+        for n, centre in zip(x.shape[2:], centres, strict=True)
+    ]
+    down, right = (distance < distance.shape[1] // 4 for distance in distances)
+    return x.masked_fill(down[:, None, :, None] & right[:, None, None, :], 0.0)
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,14 @@ class CReFF(FedAvg):
         model.eval()
         head, labels = [received[name] for name in HEAD], batches.labels[indices]
         classes = labels.unique()
-        gradients = [self._gradient(model, batches, indices[labels == c], head, generator) for c in classes]
-        return {"classes": classes, "gradients": torch.stack(gradients)}
+
+        def gradient(rows: Tensor) -> Tensor:
+            some = rows[torch.randperm(len(rows), generator=generator)[: self.images].to(rows.device)]
+            features = model.features(strongly_augmented(batches, some, generator))
+            return head_gradients(features, batches.labels[some], *head)
+
+        views = [torch.stack([gradient(indices[labels == c]) for _ in range(self.repeats)]) for c in classes]
+        return {"classes": classes, "gradients": torch.stack([view.mean(0) for view in views])}
 
     def check_upload(self, extra: State, state: State) -> None:
         """Require each class once, and one possible gradient for each: no error of a softmax is larger than one."""
@@ -95,22 +97,11 @@ class CReFF(FedAvg):
         held, (count, width) = classes.tolist(), head.shape
         if classes.dtype != torch.int64 or not held or sorted(set(held) & set(range(count))) != sorted(held):
             raise ValueError(f"classes must be whole numbers from 0 to {count - 1}, each once; it sent {held[:10]}")
-        shape = (len(held), count, width + 1)
-        if (gradients.shape, gradients.dtype) != (shape, head.dtype):
-            sent = f"{gradients.dtype} {tuple(gradients.shape)}"
-            raise ValueError(f"gradients must be {head.dtype} {shape}; it sent {sent}")
+        wanted, sent = (head.dtype, (len(held), count, width + 1)), (gradients.dtype, tuple(gradients.shape))
+        if sent != wanted:
+            raise ValueError("gradients must be {} {}; it sent {} {}".format(*wanted, *sent))
         if not (gradients[..., -1].abs().max() <= 1.001 and gradients.abs().max() <= LARGEST_GRADIENT):
             raise ValueError(f"its gradients are impossibly large, up to {gradients.abs().max():.3g}")
-
-    def _gradient(
-        self, model: CompactModel, batches: Batches, rows: Tensor, head: list[Tensor], generator: torch.Generator
-    ) -> Tensor:
-        def once() -> Tensor:
-            some = rows[torch.randperm(len(rows), generator=generator)[: self.images].to(rows.device)]
-            features = model.features(strongly_augmented(batches, some, generator))
-            return head_gradients(features, batches.labels[some], *head)
-
-        return torch.stack([once() for _ in range(self.repeats)]).mean(0)
 
     def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
         """Synthetic features (C, S, D) from a standard normal distribution, and the initial head."""
@@ -158,8 +149,8 @@ class CReFF(FedAvg):
     def _fresh_head(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         classes, count, width = features.shape
         rows, labels = features.flatten(0, 1), torch.arange(classes, device=features.device).repeat_interleave(count)
-        bound = width**-0.5  # as torch starts a linear layer
-        both = ((torch.rand(classes, width + 1, generator=generator) * 2 - 1) * bound).to(features)
+        both = (torch.rand(classes, width + 1, generator=generator) * 2 - 1) * width**-0.5  # as torch's linear layer
+        both = both.to(features)  # weight and bias
         with torch.no_grad():
             for _ in range(self.head_epochs):
                 for part in torch.randperm(len(rows), generator=generator).to(rows.device).split(self.head_batch):
@@ -181,9 +172,9 @@ def _towards(features: Tensor, labels: Tensor, wanted: Tensor, head: list[Tensor
 
 def mean_by_class(uploads: list[State], num_classes: int) -> tuple[Tensor, Tensor]:
     """Average gradients (C, C, D + 1) over the clients that hold each class; list the classes that any holds (k,)."""
-    shape = (num_classes, *uploads[0]["gradients"].shape[1:])
-    total, count = uploads[0]["gradients"].new_zeros(shape), uploads[0]["gradients"].new_zeros(num_classes)
+    first = uploads[0]["gradients"][0]
+    total, count = first.new_zeros(num_classes, *first.shape), first.new_zeros(num_classes)
     for sent in uploads:
         total.index_add_(0, sent["classes"], sent["gradients"])
-        count.index_add_(0, sent["classes"], torch.ones_like(sent["classes"], dtype=count.dtype))
-    return total.div_(count.clamp(min=1).view(-1, *[1] * (len(shape) - 1))), count.nonzero().flatten()
+        count += torch.bincount(sent["classes"], minlength=num_classes)
+    return total / count.clamp(min=1)[:, None, None], count.nonzero().flatten()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from mllmfl_lite.federated.methods import FedAvg
 from mllmfl_lite.models import CompactModel, distillation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedDF(FedAvg):
     """Ensemble distillation (Lin et al., 2020): the nearest relative of stage 3, with clients as teachers.
 
@@ -26,20 +24,13 @@ class FedDF(FedAvg):
     augmented images of the server's pool. Our reading: a fixed number of steps, no early stop.
     """
 
-    needs_pool: ClassVar[bool] = True
-    pool: ImageSet = None  #: the server's open images; labels are not used
-    model: CompactModel = None  #: any of the right shape
+    needs_pool = True
+    pool: ImageSet  #: the server's open images; labels are not used
+    model: CompactModel  #: any of the right shape
     steps: int = 50  #: a round
     batch: int = 64
     lr: float = 0.001
     temperature: float = 1.0
-
-    @classmethod
-    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: object) -> FedDF:
-        """As it is; `pool` and `model` are among the options."""
-        if options.get("pool") is None or options.get("model") is None:
-            raise ValueError("FedDF needs the server's open images and a model of the right shape: pool=, model=")
-        return cls(**options)
 
     def identity(self) -> dict:
         """Numbers, and the pool's checksum."""
@@ -50,7 +41,7 @@ class FedDF(FedAvg):
         """The mean, after it has learned from the clients' models."""
         mean = weighted_mean(states, sizes)
         device = next(iter(mean.values())).device
-        student = copy.deepcopy(self.model).to(device, memory_format=torch.channels_last)
+        student = copy.deepcopy(self.model).to(device).to(memory_format=torch.channels_last)
         student.load_state_dict(mean)
         teacher, batches = copy.deepcopy(student).eval(), open_batches(self.pool, device)
         optimizer = torch.optim.Adam(student.parameters(), lr=self.lr)

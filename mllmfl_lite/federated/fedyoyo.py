@@ -74,13 +74,16 @@ class FedYoYo(FedAvg):
 
     def check_upload(self, extra: State, state: State) -> None:
         """Require one possible number a class."""
-        sent, bias = extra.get("effective"), state["head.bias"]
-        if extra.keys() != {"effective"} or (sent.shape, sent.dtype) != (bias.shape, bias.dtype):
+        bias, found = state["head.bias"], {name: (t.shape, t.dtype) for name, t in extra.items()}
+        if found != {"effective": (bias.shape, bias.dtype)}:
             raise ValueError(f"effective must be {bias.dtype} {tuple(bias.shape)}; it sent {sorted(extra)[:3]}")
+        sent = extra["effective"]
         if not (sent.min() >= 0 and 0 < sent.max() <= LARGEST):
             raise ValueError(f"its effective numbers are impossible, from {sent.min():.3g} to {sent.max():.3g}")
 
-    def for_client(self, batches: Batches, indices: Tensor, received: State, round_: int) -> _YoYoClient:
+    def for_client(  # type: ignore[override]  # `views` and `local_loss` are all that is asked of it
+        self, batches: Batches, indices: Tensor, received: State, round_: int
+    ) -> _YoYoClient:
         """The loss with this client's class shares."""
         counts = torch.bincount(batches.labels[indices], minlength=len(received["prior"]))
         return _YoYoClient(self, received["prior"], counts / counts.sum(), self.weight * min(1.0, round_ / self.rising))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -54,18 +54,17 @@ class FedSettings:
 class FedAvg:
     """Federated averaging (McMahan et al., 2017): clients minimise cross-entropy, the server takes the mean.
 
-    Order in a round: the server sends the weights and `broadcast`; each drawn client computes `upload`, trains on
-    `local_loss` and sends its weights; the server checks what came (`check_upload`), calls `aggregate` and then
-    `server_update`. `deployed` is tested. A hook's `generator` is its only source of chance. What comes from several
-    clients is in order of client number.
+    A round: the server sends the weights and `broadcast`; each drawn client computes `upload`, trains on `local_loss`
+    and sends its weights; the server calls `check_upload`, `aggregate` and `server_update`. `deployed` is tested. A
+    hook's `generator` is its only source of chance. What comes from several clients is in order of client number.
     """
 
-    clip_flops: ClassVar[int] = 0  # operations of a CLIP on one image, if clients run one
-    clip_bytes: ClassVar[int] = 0  # of its weights
-    needs_pool: ClassVar[bool] = False  # whether the server's step uses open images
+    clip_flops = 0  # operations of a CLIP on one image, if clients run one
+    clip_bytes = 0  # of its weights
+    needs_pool = False  # whether the server's step uses open images
 
     @classmethod
-    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: float) -> FedAvg:
+    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: Any) -> FedAvg:
         """Build the method for these clients' images; `clip` names the CLIP of methods that ask one, into `folder`."""
         return cls(**options)
 
@@ -76,11 +75,9 @@ class FedAvg:
 
     def identity(self) -> dict:
         """Name and numbers as plain JSON; equal for equal methods."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"name": type(self).__name__} | {
-            key: sha256_arrays([value.cpu().numpy()]) if isinstance(value, Tensor) else value
-            for key, value in numbers.items()
-        }
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        plain = {name: sha256_arrays([v.cpu().numpy()]) if isinstance(v, Tensor) else v for name, v in values}
+        return {"name": type(self).__name__, **plain}
 
     def broadcast(self, server_state: State) -> State:
         """What the server sends beside the weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -17,7 +18,7 @@ from mllmfl_lite.checkpoint import CheckpointError, RunFolder
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion, predict
-from mllmfl_lite.federated.aggregate import ClientResult, State, accept
+from mllmfl_lite.federated.aggregate import Answers, ClientResult, State, accept
 from mllmfl_lite.federated.clients import Task, Workers, client_step
 from mllmfl_lite.federated.federation import Federation, check_run, choose_clients, identity_of
 from mllmfl_lite.federated.methods import FedAvg, FedSettings
@@ -26,10 +27,9 @@ from mllmfl_lite.repro import Execution, all_finite, count_cores, pick_device, p
 
 log = logging.getLogger(__name__)
 EVAL_PART = 1000  # images that a worker tests at a time
-Results = tuple[dict[int, ClientResult], dict[int, str]]  # by client; reasons by client that is left out
 
 # Client transport: (weights, broadcast, round, clients) -> results and reasons.
-Ask = Callable[[State, State, int, list[int]], Results]
+Ask = Callable[[State, State, int, list[int]], Answers]
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ def run_federated(
     method, settings, execution = method or FedAvg(), settings or FedSettings(), execution or Execution(device="cpu")
     check_run(model, federation, settings)
     rounds = _Rounds(model, federation, method, settings, seed, execution)
-    if not execution.folder:
-        return rounds.run(None, ask)
-    with RunFolder(execution.folder, identity_of(model, federation, method, settings, seed)) as folder:
+    identity = identity_of(model, federation, method, settings, seed)
+    with RunFolder(execution.folder, identity) if execution.folder else contextlib.nullcontext() as folder:
         return rounds.run(folder, ask)
 
 
@@ -111,8 +110,7 @@ class _Rounds:
 
     def _start(self, folder: RunFolder | None) -> tuple[int, State, State, list[dict]]:
         """Rounds done, weights, server state and history: from the checkpoint, or the beginning."""
-        found = folder.load() if folder else None
-        if found is None:
+        if folder is None or (found := folder.load()) is None:
             state = {name: t.clone() for name, t in self.model.state_dict().items()}
             parameters = {name: p.detach() for name, p in self.model.named_parameters()}
             return 0, state, self.method.init_server_state(parameters, torch_generator(self.seed, "memory")), []
@@ -129,8 +127,12 @@ class _Rounds:
         """Weights, server state and record after the round."""
         started = time.perf_counter()
         chosen = choose_clients(len(self.split), self.settings, round_, self.seed)
+        epochs, batch = self.settings.local_epochs, self.settings.batch_size
+        steps = {client: epochs * math.ceil(len(self.split[client]) / batch) for client in chosen}
         answers = ask(state, self.method.broadcast(server_state), round_, chosen)
-        results, left_out = self._accept(answers, chosen, state, round_)
+        results, left_out = accept(answers, steps, state, self.method.check_upload)
+        for client, reason in left_out.items():
+            log.warning("round %d: client %d is left out: %s", round_, client, reason)
         self.bar.update(round_ * len(chosen) - self.bar.n)  # threads were counted one by one
         if not results:
             raise ValueError(
@@ -149,22 +151,11 @@ class _Rounds:
         }
         return state, server_state, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
-    def _accept(self, answers: Results, chosen: list[int], state: State, round_: int) -> Results:
-        """Sound results; the reasons for all other clients."""
-        epochs, batch = self.settings.local_epochs, self.settings.batch_size
-        steps = {client: epochs * math.ceil(len(self.split[client]) / batch) for client in chosen}
-        sent, left_out = answers
-        sound, reasons = accept(sent, steps, state, self.method.check_upload)
-        silent = {client: "it did not answer" for client in chosen if client not in sent}
-        reasons = {**silent, **reasons, **left_out}
-        for client, reason in reasons.items():
-            log.warning("round %d: client %d is left out: %s", round_, client, reason)
-        return {client: result for client, result in sound.items() if client not in left_out}, reasons
-
-    def _ask_threads(self, state: State, received: State, round_: int, chosen: list[int]) -> Results:
+    def _ask_threads(self, state: State, received: State, round_: int, chosen: list[int]) -> Answers:
         def train(model: CompactModel, client: int) -> ClientResult:
             task = Task(state, received, round_, client, self.seed)
-            return client_step(model, self.train, self.split[client], self.method, self.settings, task)
+            part = self.split[client]
+            return client_step(model, self.train, part, self.method, self.settings, task)  # type: ignore[arg-type]
 
         jobs = {}
         for client in sorted(chosen, key=lambda client: -len(self.split[client])):  # longest first

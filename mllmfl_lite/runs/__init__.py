@@ -6,15 +6,6 @@ from mllmfl_lite.runs.results import load_result, load_results, provenance, save
 from mllmfl_lite.runs.run import run_experiment
 
 __all__ = [
-    "Experiment",
-    "experiment_of",
-    "load_federation",
-    "load_pool",
-    "load_result",
-    "load_results",
-    "load_teacher",
-    "parameters_of",
-    "provenance",
-    "run_experiment",
-    "save_result",
-]
+    "Experiment", "experiment_of", "load_federation", "load_pool", "load_result", "load_results", "load_teacher",
+    "parameters_of", "provenance", "run_experiment", "save_result",
+]  # fmt: skip

@@ -53,16 +53,16 @@ class Experiment:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
-        if problems := [*_stage_problems(self), *_part_problems(self)]:
+        if problems := list(_problems(self)):
             raise ValueError("\n".join(problems))
         return self
 
 
-SETTINGS = [f.name for f in fields(Experiment)]  # type: ignore[arg-type]
-INSIDE = {f.name for cls in (FedSettings, PretrainSettings, AlignSettings) for f in fields(cls)}  # type: ignore[arg-type]
+SETTINGS = [f.name for f in fields(Experiment)]
+INSIDE = {f.name for cls in (FedSettings, PretrainSettings, AlignSettings) for f in fields(cls)}
 
 
-def _stage_problems(of: Experiment) -> Iterator[str]:
+def _problems(of: Experiment) -> Iterator[str]:
     stages, rounds = of.stages, of.federated
     if sorted(set(stages)) != list(stages) or not {2, 3} & set(stages):
         yield f"stages must name 2, 3 or both, in rising order, each once; got {list(stages)}"
@@ -73,28 +73,25 @@ def _stage_problems(of: Experiment) -> Iterator[str]:
         )
     if 2 in stages and not rounds.rounds:
         yield "federated.rounds is 0; run at least one round, or leave 2 out of stages"
-    defaults = {f.name: f.default for f in fields(type(of))}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in fields(of)}
     for name, stage in OF_STAGE.items():
         if stage not in stages and getattr(of, name) != defaults[name]:
             yield f"{name} has no effect without stage {stage}; add {stage} to stages, or leave {name} out"
     if 3 in stages and of.align.when == "each round" and (of.method != "fedavg" or 2 not in stages):
         yield "align.when is 'each round', which is a server step of 'fedavg' in stage 2; use 'end'"
-
-
-def _part_problems(of: Experiment) -> Iterator[str]:
     if ":" not in of.method and of.method not in METHODS:
         yield f"method must be one of {', '.join(METHODS)}, or 'module:Class'; got {of.method!r}"
     try:
         json.dumps(of.method_options, allow_nan=False)
     except (TypeError, ValueError):
         yield f"method_options must be finite numbers, switches or text; got {of.method_options!r:.100}"
-    if of.federated.augment == "strong" and of.dataset == "imagenet_lt":
+    if rounds.augment == "strong" and of.dataset == "imagenet_lt":
         yield "federated.augment 'strong' is for small images (CIFAR); use 'weak' for imagenet_lt"
-    if (uses_pool(of) or {1, 3} & set(of.stages)) and "web" not in PARTS.get(of.pool, ("web",)):
+    if (uses_pool(of) or {1, 3} & set(stages)) and "web" not in PARTS.get(of.pool, ("web",)):
         yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
     if of.pool == RESERVED_POOL and of.dataset != "cifar10":
         yield f"pool {RESERVED_POOL!r} keeps images of cifar10 from its clients; the dataset is {of.dataset!r}"
-    if 1 in of.stages and not of.start:
+    if 1 in stages and not of.start:
         if of.annotations not in ("bundled", "new") and not of.annotations.endswith(".jsonl"):
             yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"
         if of.annotations == "bundled" and (of.pool != BUNDLED_POOL or of.pool_images):
@@ -107,23 +104,22 @@ def uses_pool(of: Experiment) -> bool:
 
 
 def experiment_of(values: dict[str, Any]) -> Experiment:
-    """Build the experiment that values describe; settings of stages that are off are checked, then dropped.
+    """Build the experiment from the fields of `Experiment`, its blocks as dictionaries; other keys are ignored.
 
-    Args:
-        values: the fields of `Experiment`; `federated`, `pretrain` and `align` as dictionaries. Other keys are ignored.
+    Settings of stages that are off are checked, then dropped.
 
     Raises:
         ValueError: names every wrong value, and every setting that stands outside its block.
     """
     given = {key: values[key] for key in SETTINGS if key in values}
     stages = given.get("stages", (2,))
-    off = [stage for stage in (1, 2, 3) if isinstance(stages, (list, tuple)) and stage not in stages]
+    off = [stage for stage in (1, 3) if isinstance(stages, (list, tuple)) and stage not in stages]
     dropped = {key: value for key, value in given.items() if OF_STAGE.get(key) in off}
     problems = [f"{key}: write it inside federated, pretrain or align" for key in values if key in INSIDE]
     for part in ({**dropped, "stages": (1, 2, 3)}, {key: given[key] for key in given if key not in dropped}):
         try:
             experiment = Experiment(**part)
-        except (TypeError, ValueError) as error:  # TypeError: a key of a block is no text
+        except ValueError as error:
             problems += str(error).splitlines()
     if problems:
         raise ValueError("\n".join(problems))
@@ -132,4 +128,4 @@ def experiment_of(values: dict[str, Any]) -> Experiment:
 
 def parameters_of(experiment: Experiment) -> dict:
     """The experiment as plain JSON, as results files hold it."""
-    return {**asdict(experiment), "stages": list(experiment.stages)}  # type: ignore[call-overload]
+    return {**asdict(experiment), "stages": list(experiment.stages)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,23 +14,14 @@ from mllmfl_lite.runs.config import INSIDE, SETTINGS, Experiment, experiment_of
 from mllmfl_lite.runs.results import result_path
 from mllmfl_lite.runs.run import finished
 
-LONGEST = 100_000  # bytes of a file of settings
-
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, in which each key is text and stands once."""
+    """YAML in which each key of a block stands once; PyYAML alone would take the last."""
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases (*name) are not allowed; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if wrong := [key for key in keys if not isinstance(key, str)]:
-            raise ValueError(f"the key {wrong[0]!r:.60} must be text")
-        if repeated := [key for key, times in Counter(keys).items() if times > 1]:
-            raise ValueError(f"the key {repeated[0]!r:.60} stands twice; keep one of them")
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"the key {twice[0]!r:.60} stands twice; keep one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -69,15 +59,9 @@ def _merge(paths: Sequence[str | Path]) -> tuple[dict[str, Any], dict[str, Path]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            content = file.read(LONGEST + 1)
-        if len(content) > LONGEST:
-            raise ValueError(f"it has more than {LONGEST:,} bytes")
-        given = yaml.load(content.decode("utf-8-sig"), _Loader)  # a SafeLoader
-    except RecursionError:
-        raise ValueError(f"{path} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()):.400}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
     return given
@@ -116,19 +100,16 @@ def read_runs(files: Sequence[str | Path], methods: Sequence[str | Path] = (), s
         ValueError: names every wrong setting with its file, and runs that would write the same results file.
     """
     runs: dict[Path, Run] = {}
-    problems: dict[str, None] = {}  # a dictionary keeps the order, and each problem once
+    problems: list[str] = []
     for path in dict.fromkeys(map(Path, methods or files[-1:])):
         try:
-            found = _runs_of([*files, path] if methods else files, path.stem, seeds)
+            for run in _runs_of([*files, path] if methods else files, path.stem, seeds):
+                if runs.setdefault(run.result(""), run) is not run:
+                    raise ValueError(f"two files would write {run.result('')}; rename one of them ({path})")
         except ValueError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-            continue
-        for run in found:
-            if run.result("") in runs:
-                problems[f"two files would write {run.result('')}; rename one of them ({path})"] = None
-            runs[run.result("")] = run
+            problems += str(error).splitlines()
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))  # each once
     return sorted(runs.values(), key=lambda run: run.experiment.seed)
 
 
@@ -136,9 +117,7 @@ def _runs_of(paths: Sequence[str | Path], label: str, seeds: Sequence[int]) -> l
     values, sources = _merge(paths)
     try:
         experiment = experiment_of(values)
-        runs = [Run(label, replace(experiment, seed=seed)) for seed in dict.fromkeys(seeds or [experiment.seed])]
+        return [Run(label, replace(experiment, seed=seed)) for seed in dict.fromkeys(seeds or [experiment.seed])]
     except ValueError as error:
-        keys = [(re.split(r"\W", line)[0], line) for line in str(error).splitlines()]
-        raise ValueError("\n".join(f"{sources.get(key, paths[-1])}: {line}" for key, line in keys)) from error
-    runs[0].result("")  # the label must be a file name
-    return runs
+        lines = [(re.split(r"\W", line)[0], line) for line in str(error).splitlines()]
+        raise ValueError("\n".join(f"{sources.get(key, paths[-1])}: {line}" for key, line in lines)) from error
