@@ -327,6 +327,12 @@ def test_more_participants_than_clients_is_refused(images, model, split):
         run_federated(model, images, split, settings=replace(QUICK, clients_per_round=5))
 
 
+@pytest.mark.parametrize("index", [-1, 60])
+def test_an_index_outside_the_images_is_refused(images, model, split, index):
+    with pytest.raises(ValueError, match=rf"the split's indices must lie in 0..59; they run from .*{index}"):
+        run_federated(model, images, [*split[1:], np.array([0, index])], settings=QUICK)
+
+
 def test_an_empty_client_is_refused(images, model, split):
     with pytest.raises(ValueError, match=r"clients \[4\] of 5 have none"):
         run_federated(model, images, [*split, np.empty(0, np.int64)])

@@ -85,8 +85,8 @@ def dirichlet_equal(labels: np.ndarray, num_clients: int, alpha: float, seed: in
 
 def _deal(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator, capped: bool = False) -> Split:
     """One Dirichlet draw: client lists in class order, empty ones included."""
-    if not alpha > 0:
-        raise ValueError(f"alpha, the concentration of the Dirichlet, must be positive; got {alpha}")
+    if not 0 < alpha <= 1e300:  # above, draws overflow
+        raise ValueError(f"alpha, the concentration of the Dirichlet, must be positive, at most 1e300; got {alpha}")
     hands: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     sizes = np.zeros(num_clients, np.int64)
     for c in np.unique(labels):

@@ -35,6 +35,9 @@ def check_run(model: CompactModel, federation: Federation, settings: FedSettings
     """Raise `ValueError` if the rounds could not run to their end."""
     train, split, test = federation
     check_split(split)
+    low, high = min(indices.min() for indices in split), max(indices.max() for indices in split)
+    if not 0 <= low <= high < len(train):
+        raise ValueError(f"the split's indices must lie in 0..{len(train) - 1}; they run from {low} to {high}")
     if settings.clients_per_round > len(split):
         raise ValueError(f"clients_per_round is {settings.clients_per_round}, but there are only {len(split)} clients")
     if len(test) == 0:
