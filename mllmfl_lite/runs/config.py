@@ -85,6 +85,7 @@ def _problems(of: Experiment) -> Iterator[str]:
         json.dumps(of.method_options, allow_nan=False)
     except (TypeError, ValueError):
         yield f"method_options must be finite numbers, switches or text; got {of.method_options!r:.100}"
+    yield from _option_problems(of)
     if rounds.augment == "strong" and of.dataset == "imagenet_lt":
         yield "federated.augment 'strong' is for small images (CIFAR); use 'weak' for imagenet_lt"
     if (uses_pool(of) or {1, 3} & set(stages)) and "web" not in PARTS.get(of.pool, ("web",)):
@@ -96,6 +97,15 @@ def _problems(of: Experiment) -> Iterator[str]:
             yield f"annotations must be 'bundled', 'new' or a .jsonl file; got {of.annotations!r}"
         if of.annotations == "bundled" and (of.pool != BUNDLED_POOL or of.pool_images):
             yield f"annotations are 'bundled', which describe the whole pool {BUNDLED_POOL!r}; set them to 'new'"
+
+
+def _option_problems(of: Experiment) -> Iterator[str]:
+    known = {f.name: f.default for f in fields(METHODS[of.method])} if of.method in METHODS else {}
+    for name, value in of.method_options.items():
+        whole, number = (isinstance(known.get(name), kind) for kind in (int, (int, float)))
+        if number and not (type(value) in (int, *([] if whole else [float])) and value >= whole):
+            rule = "a whole number, at least 1" if whole else "a number, not negative"
+            yield f"method_options.{name} must be {rule}; got {value!r:.60}"
 
 
 def uses_pool(of: Experiment) -> bool:
