@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -22,7 +21,7 @@ from mllmfl_lite.runs.run import run_experiment
 from mllmfl_lite.runs.stage1 import stage_one
 
 
-def add_commands(subparsers) -> None:
+def add_commands(subparsers: argparse._SubParsersAction) -> None:
     """Add the two commands to the command line."""
     run = subparsers.add_parser("run", help="run experiments; what is done is skipped, what was interrupted resumes")
     plan = subparsers.add_parser("plan", help="say what experiments need and roughly cost, and run nothing")
@@ -64,19 +63,13 @@ def _run(chosen: argparse.Namespace) -> int:
     if needs := sorted({need for run in todo for need in missing(run.experiment, chosen.out)}):
         print("missing, and not fetched for you; nothing was started:", *needs, sep="\n", file=sys.stderr)
         return 3
-    if chosen.stage1:
-        return _each([run for run in todo if 1 in run.experiment.stages], chosen, _stage_one)
-    return _each(todo, chosen, _all_stages)
-
-
-def _each(todo: Sequence[Run], chosen: argparse.Namespace, work: Callable[[Run, argparse.Namespace], str]) -> int:
-    """Do one run after the other; one that fails is named, and the others go on."""
     failed = []
+    todo = [run for run in todo if 1 in run.experiment.stages or not chosen.stage1]
     for number, run in enumerate(todo, 1):
         started = time.perf_counter()
         print(f"[{number}/{len(todo)}] {run}", flush=True)
         try:
-            print(f"{work(run, chosen)}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"{_do(run, chosen)}, {time.perf_counter() - started:.0f} s", flush=True)
         except Exception as error:  # a sweep of days goes on, whatever it is
             failed.append(str(run))
             expected = isinstance(error, (ValueError, OSError, RuntimeError))
@@ -86,14 +79,12 @@ def _each(todo: Sequence[Run], chosen: argparse.Namespace, work: Callable[[Run, 
     return 1 if failed else 0
 
 
-def _stage_one(run: Run, chosen: argparse.Namespace) -> str:
-    return f"stage 1 in {stage_one(run.experiment, chosen.out, chosen.device, chosen.shared)}"
-
-
-def _all_stages(run: Run, chosen: argparse.Namespace) -> str:
-    result = run_experiment(
-        run.experiment, chosen.out, chosen.device, chosen.workers, run.label, shared=chosen.shared
-    )  # fmt: skip
+def _do(run: Run, chosen: argparse.Namespace) -> str:
+    """Do one run, or its stage 1; say where the result is."""
+    if chosen.stage1:
+        return f"stage 1 in {stage_one(run.experiment, chosen.out, chosen.device, chosen.shared)}"
+    where = (chosen.out, chosen.device, chosen.workers, run.label)
+    result = run_experiment(run.experiment, *where, shared=chosen.shared)
     if chosen.report:
         _write_report(run, chosen)
     return f"top-1 {result['summary']['top1']:.1%} in {run.result(chosen.out)}"

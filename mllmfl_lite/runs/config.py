@@ -113,6 +113,11 @@ def uses_pool(of: Experiment) -> bool:
     return 2 in of.stages and of.method in METHODS and METHODS[of.method].needs_pool
 
 
+def pool_side(of: Experiment) -> int:
+    """Pixels a side at which stage 1 sees a pool of files; 0 for a pool in memory, whose images keep their size."""
+    return 0 if of.pool in (*PARTS, RESERVED_POOL) else of.pixels or of.image_size
+
+
 def experiment_of(values: dict[str, Any]) -> Experiment:
     """Build the experiment from the fields of `Experiment`, its blocks as dictionaries; other keys are ignored.
 

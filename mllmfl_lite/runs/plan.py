@@ -10,12 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllmfl_lite.data import PARTS
 from mllmfl_lite.data.imagenet_lt import IMAGENET_LT
 from mllmfl_lite.data.longtail import long_tail_counts
 from mllmfl_lite.data.reserved import RESERVED, RESERVED_POOL
 from mllmfl_lite.models import build_model
-from mllmfl_lite.runs.config import Experiment
+from mllmfl_lite.runs.config import Experiment, pool_side
 from mllmfl_lite.runs.files import Run
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.run import rounds_key
@@ -40,16 +39,13 @@ WORDS = 100  # tokens of a question and a long answer
 
 
 class Stage(NamedTuple):
-    """One part of a run: operations on the compact model in so many steps, and on a large frozen model.
-
-    Runs that share stage 1 and the teachers' answers carry out a part with the same key once.
-    """
+    """One part of a run, and what it takes."""
 
     name: str
-    key: str
-    compact: float = 0.0
-    large: float = 0.0
-    steps: float = 0.0
+    key: str  #: runs that share stage 1 and the teachers' answers carry out a part with the same key once
+    compact: float = 0.0  #: operations on the compact model
+    large: float = 0.0  #: operations on a large frozen model
+    steps: float = 0.0  #: training steps of the compact model
 
     def hours(self, machine: str) -> float:
         """Estimate for a machine in `RATES`."""
@@ -72,56 +68,41 @@ def image_operations(model: str, width: int, classes: int, pixels: int) -> tuple
     return counts[0], counts[1]
 
 
-def estimate(experiment: Experiment) -> list[Stage]:
+def estimate(of: Experiment) -> list[Stage]:
     """The run's parts with their operations, from nothing. CReFF's server, CLIP and decoding of files are left out."""
-    train, test, classes, pixels = SIZES[experiment.dataset]
-    train -= RESERVED * classes * (experiment.pool == RESERVED_POOL)
-    if experiment.dataset == "imagenet_lt":
-        pixels = experiment.image_size
+    train, test, classes, pixels = SIZES[of.dataset]
+    train -= RESERVED * classes * (of.pool == RESERVED_POOL)
+    if of.dataset == "imagenet_lt":
+        pixels = of.image_size
     else:
-        train = sum(long_tail_counts(classes, train // classes, experiment.imbalance_factor))
-    learn, look = image_operations(experiment.model, experiment.width, classes, pixels)
-    stages = [*_pretraining(experiment, classes)] if 1 in experiment.stages and not experiment.start else []
-    if 2 in experiment.stages:
-        of = experiment.federated
-        shown = of.rounds * of.clients_per_round * of.local_epochs * train / experiment.num_clients
-        tested = sum(map(of.evaluates, range(1, of.rounds + 1))) * test
-        key = f"{experiment.dataset} {rounds_key(experiment)} {of.rounds}"
-        operations, steps = shown * learn + tested * look, shown / of.batch_size
-        stages.append(Stage(f"stage 2: {of.rounds} rounds", key, operations, steps=steps))
-    if 3 in experiment.stages:
-        stages += _alignment(experiment, classes, learn)
-    return stages
-
-
-def _pretraining(of: Experiment, classes: int) -> Iterator[Stage]:
-    pool, reading, _ = _asked(of)
-    texts, passes = pool * of.pretrain.epochs, 2 + of.pretrain.gradient_checkpointing
-    side = 32 if of.pool in PARTS else of.pixels or of.image_size
-    asked, pretrained = f"{of.mllm} {of.pool} {of.pool_images} {of.kind}", f"{of.model} {of.width} {of.seed} {side}"
-    if of.annotations == "new":
-        yield Stage(f"stage 1: describe {pool:,} images", asked, large=pool * reading)
-    learn, _ = image_operations(of.model, of.width, classes, side)
-    name = f"stage 1: pretrain on {texts:,} texts"
-    steps = texts / of.pretrain.batch_size
-    yield Stage(name, f"{asked} {of.pretrain} {pretrained}", texts * learn, texts * passes * reading, steps)
-
-
-def _alignment(of: Experiment, classes: int, learn: float) -> Iterator[Stage]:
-    if of.align.teacher == "mllm":
-        pool, reading, language = _asked(of)
-        names = 3 * 2 * language * classes  # about three tokens a class name
-        key = f"{of.mllm} {of.pool} {of.pool_images} {of.dataset}"
-        yield Stage(f"stage 3: score {classes:,} names on {pool:,} images", key, large=pool * (reading + names))
-    shown = of.align.epochs * of.align.per_class * classes
-    yield Stage("stage 3: align", str(of), shown * learn, steps=shown / of.align.batch_size)
-
-
-def _asked(of: Experiment) -> tuple[int, float, float]:
-    """Images of the pool, operations to read one with a text, weights of the language model."""
-    pool = POOLS.get(of.pool, POOLS["cc595k"])
+        train = sum(long_tail_counts(classes, train // classes, of.imbalance_factor))
+    learn, look = image_operations(of.model, of.width, classes, pixels)
     language, tower, tokens = LARGE.get(of.mllm, LARGE["llava-hf/llava-1.5-7b-hf"])
-    return min(pool, of.pool_images or pool), 2 * (tower * tokens + language * (tokens + WORDS)), language
+    reading = 2 * (tower * tokens + language * (tokens + WORDS))  # one image with a text
+    pool = POOLS.get(of.pool, POOLS["cc595k"])
+    pool, asked, stages = min(pool, of.pool_images or pool), f"{of.mllm} {of.pool} {of.pool_images}", []
+    if 1 in of.stages and not of.start:
+        texts, side, passes = pool * of.pretrain.epochs, pool_side(of) or 32, 2 + of.pretrain.gradient_checkpointing
+        if of.annotations == "new":
+            stages.append(Stage(f"stage 1: describe {pool:,} images", f"{asked} {of.kind}", large=pool * reading))
+        compact = texts * image_operations(of.model, of.width, classes, side)[0]
+        key = f"{asked} {of.kind} {of.pretrain} {of.model} {of.width} {of.seed} {side}"
+        name, steps = f"stage 1: pretrain on {texts:,} texts", texts / of.pretrain.batch_size
+        stages.append(Stage(name, key, compact, texts * passes * reading, steps))
+    if 2 in of.stages:
+        rounds = of.federated
+        shown = rounds.rounds * rounds.clients_per_round * rounds.local_epochs * train / of.num_clients
+        tested = sum(map(rounds.evaluates, range(1, rounds.rounds + 1))) * test
+        key, steps = f"{of.dataset} {rounds_key(of)} {rounds.rounds}", shown / rounds.batch_size
+        stages.append(Stage(f"stage 2: {rounds.rounds} rounds", key, shown * learn + tested * look, steps=steps))
+    if 3 in of.stages:
+        if of.align.teacher == "mllm":
+            scoring = reading + 3 * 2 * language * classes  # about three tokens a class name
+            name = f"stage 3: score {classes:,} names on {pool:,} images"
+            stages.append(Stage(name, f"{asked} {of.dataset}", large=pool * scoring))
+        shown = of.align.epochs * of.align.per_class * classes
+        stages.append(Stage("stage 3: align", str(of), shown * learn, steps=shown / of.align.batch_size))
+    return stages
 
 
 def total_hours(experiments: Sequence[Experiment], machine: str) -> float:

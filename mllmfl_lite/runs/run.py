@@ -19,7 +19,7 @@ from pathlib import Path
 from mllmfl_lite.checkpoint import RunFolder, differences
 from mllmfl_lite.data.metrics import evaluate_model, summarise
 from mllmfl_lite.data.reserved import RESERVED_POOL, overlap
-from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, Federation, FedResult, run_federated
+from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, FedResult, run_federated
 from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
@@ -48,7 +48,7 @@ def run_experiment(
     Args:
         experiment: what to run.
         folder: where everything is kept; empty: a temporary one.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        device: see `pick_device`.
         workers: threads that train clients, see `Execution`.
         label: name of the results file and of the progress bar; default: the method.
         ask: reaches clients outside this process, see `run_federated`.
@@ -86,31 +86,33 @@ def finished(path: str | Path, experiment: Experiment) -> dict:
 class _Run:
     """One run: its parts in order."""
 
-    def __init__(self, experiment: Experiment, path: Path, device: str, shared: str, workers: int | None, ask):
+    def __init__(
+        self, experiment: Experiment, path: Path, device: str, shared: str, workers: int | None, ask: Ask | None
+    ):
         self.experiment, self.path, self.folder, self.name = experiment, path, path.parent, path.stem
-        self.device, self.place, self.workers, self.ask = device, pick_device(device), workers, ask
+        self.device, self.workers, self.ask = str(pick_device(device)), workers, ask
         self.shared, self.answers = shared, path.parent / shared / "answers"
+        self.federation = load_federation(experiment)
 
     def run(self) -> None:
         started = time.perf_counter()
-        federation = load_federation(self.experiment)
-        method = self._method(federation)
+        method = self._method()
         with RunFolder(self.folder / "checkpoints" / self.name, {}):  # a lock: nobody else does the same
             if self.path.exists():
                 return
-            result = self._stages(federation, method)
+            result = self._stages(method)
             seconds = round(time.perf_counter() - started, 1)
-            result["provenance"] = {**provenance(self.place), "seconds_in_this_process": seconds}
+            result["provenance"] = {**provenance(self.device), "seconds_in_this_process": seconds}
             save_result(self.path, result)
 
-    def _stages(self, federation: Federation, method: FedAvg | None) -> dict:
-        experiment, model = self.experiment, self._initial_model(federation)
-        data = _data_entry(experiment, federation, model)
-        drawn, about = self._server_set(federation) if 3 in experiment.stages else (None, None)
-        rounds = self._rounds(federation, model, method, drawn)
+    def _stages(self, method: FedAvg | None) -> dict:
+        experiment, model = self.experiment, self._initial_model()
+        data = self._data_entry(model)
+        drawn, about = self._server_set() if 3 in experiment.stages else (None, None)
+        rounds = self._rounds(model, method, drawn)
         model.load_state_dict(rounds.deployed)
-        self._keep(model, federation, "federated")
-        aligned = {} if drawn is None else {"server_set": about, **self._aligned(federation, model, drawn)}
+        self._keep(model, "federated")
+        aligned = {} if drawn is None else {"server_set": about, **self._aligned(model, drawn)}
         final = [aligned] if "metrics" in aligned else rounds.history
         return {
             "label": self.name.removesuffix(f"_seed{experiment.seed}"),
@@ -121,30 +123,45 @@ class _Run:
             **({"aligned": aligned} if aligned else {}),
         }
 
-    def _method(self, federation: Federation) -> FedAvg | None:
+    def _method(self) -> FedAvg | None:
         """The method; what would stop the rounds is said here, before stage 1."""
         if 2 not in self.experiment.stages:
             return None
-        untrained = initial_model(self.experiment, federation.train.num_classes, None)
-        check_run(untrained, federation, self.experiment.federated)
-        return make_method(self.experiment, federation.train, self.answers)
+        untrained = initial_model(self.experiment, self.federation.train.num_classes, None)
+        check_run(untrained, self.federation, self.experiment.federated)
+        return make_method(self.experiment, self.federation.train, self.answers)
 
-    def _initial_model(self, federation: Federation) -> CompactModel:
+    def _initial_model(self) -> CompactModel:
         experiment, weights = self.experiment, None
         if experiment.start:
             weights = start_file(experiment, self.folder)
         elif 1 in experiment.stages:
             weights = stage_one(experiment, self.folder, self.device, self.shared)
-        return initial_model(experiment, federation.train.num_classes, weights)
+        return initial_model(experiment, self.federation.train.num_classes, weights)
 
-    def _server_set(self, federation: Federation) -> tuple[ServerSet, dict]:
-        pool = load_pool(self.experiment)
-        teacher, names = load_teacher(self.experiment, pool, self.device), federation.train.names
-        probabilities = ask_teacher(teacher, pool, names, self.answers)
+    def _data_entry(self, model: CompactModel) -> dict:
+        train, test = self.federation.train, self.federation.test
+        sets = {"clients": train, "test": test}
+        if {1, 3} & set(self.experiment.stages) or uses_pool(self.experiment):
+            sets["pool"] = load_pool(self.experiment)
+        shared = overlap(**sets)
+        if any(shared.values()):
+            log.warning("images that two sets share: %s; use a pool that holds none of the clients' images", shared)
+        return {
+            "overlap": shared,
+            "train_images": len(train),
+            "train_sha256": train.checksum(),
+            "test_sha256": test.checksum(),
+            "start_sha256": sha256_arrays(t.numpy() for t in model.state_dict().values()),
+        }
+
+    def _server_set(self) -> tuple[ServerSet, dict]:
+        pool, names = load_pool(self.experiment), self.federation.train.names
+        probabilities = ask_teacher(load_teacher(self.experiment, pool, self.device), pool, names, self.answers)
         server_set = draw_server_set(pool, probabilities, names, self.experiment.align.per_class)
         return server_set, describe(server_set, pool)
 
-    def _rounds(self, federation: Federation, model: CompactModel, method: FedAvg | None, drawn) -> FedResult:
+    def _rounds(self, model: CompactModel, method: FedAvg | None, drawn: ServerSet | None) -> FedResult:
         experiment = self.experiment
         if method is None:
             state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -153,37 +170,22 @@ class _Run:
             method = AlignEachRound(drawn, experiment.align, model)
         kept = self.folder / "checkpoints" / rounds_key(experiment)
         execution = Execution(kept, self.device, self.workers, self.name)
-        return run_federated(model, federation, method, experiment.federated, experiment.seed, execution, self.ask)
+        return run_federated(model, self.federation, method, experiment.federated, experiment.seed, execution, self.ask)
 
-    def _aligned(self, federation: Federation, model: CompactModel, drawn: ServerSet) -> dict:
+    def _aligned(self, model: CompactModel, drawn: ServerSet) -> dict:
         """Metrics and losses of the aligned model; nothing if each round aligned."""
         if self.experiment.align.when == "each round":
             return {}
-        done = align(model, drawn, self.experiment.align, self.experiment.seed, self.place)
-        self._keep(done.model, federation, "aligned")
-        metrics = evaluate_model(done.model, federation.test, federation.train.class_counts(), self.place)
+        done = align(model, drawn, self.experiment.align, self.experiment.seed, self.device)
+        self._keep(done.model, "aligned")
+        counts = self.federation.train.class_counts()
+        metrics = evaluate_model(done.model, self.federation.test, counts, self.device)
         return {"metrics": metrics, "history": done.history}
 
-    def _keep(self, model: CompactModel, federation: Federation, name: str) -> None:
+    def _keep(self, model: CompactModel, name: str) -> None:
         path = self.folder / "models" / f"{self.name}-{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(path, model, self.experiment.model, self.experiment.width, federation.train.names)
-
-
-def _data_entry(experiment: Experiment, federation: Federation, model: CompactModel) -> dict:
-    sets = {"clients": federation.train, "test": federation.test}
-    if {1, 3} & set(experiment.stages) or uses_pool(experiment):
-        sets["pool"] = load_pool(experiment)
-    shared = overlap(**sets)
-    if any(shared.values()):
-        log.warning("images that two sets share: %s; use a pool that holds none of the clients' images", shared)
-    return {
-        "overlap": shared,
-        "train_images": len(federation.train),
-        "train_sha256": federation.train.checksum(),
-        "test_sha256": federation.test.checksum(),
-        "start_sha256": sha256_arrays(t.numpy() for t in model.state_dict().values()),
-    }
+        save_model(path, model, self.experiment.model, self.experiment.width, self.federation.train.names)
 
 
 def rounds_key(experiment: Experiment) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 import filelock
 
 from mllmfl_lite.checkpoint import differences
-from mllmfl_lite.data import PARTS, load_images
-from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data import load_images
+from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.models import build_model, save_model
 from mllmfl_lite.repro import Execution, pick_device
-from mllmfl_lite.runs.config import Experiment
+from mllmfl_lite.runs.config import Experiment, pool_side
 from mllmfl_lite.runs.parts import load_pool
 from mllmfl_lite.runs.results import load_result, provenance, save_result
 from mllmfl_lite.stages.annotate import annotate
@@ -35,16 +35,14 @@ def stage_one(experiment: Experiment, folder: str | Path, device: str = "auto", 
     """Annotate and pretrain, or find it done; return the file with the compact model's weights.
 
     All processes of ``accelerate launch`` or ``torchrun`` may call it: one annotates, one writes, all return when the
-    file is there. A second run that wants the same file waits for the first. `folder`, `device` and `shared` are those
-    of `run_experiment`.
+    file is there. A second run waits for the first. `folder`, `device` and `shared` are those of `run_experiment`.
 
     Raises:
         ValueError: the file was made with other settings, which are named.
     """
     path = Path(folder) / shared / "stage1" / f"{experiment.model}_seed{experiment.seed}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    side = 0 if experiment.pool in PARTS else experiment.pixels or experiment.image_size  # images in memory stay
-    wanted = {"pretrain": asdict(experiment.pretrain), "pixels": side}
+    wanted = {"pretrain": asdict(experiment.pretrain), "pixels": pool_side(experiment)}
     wanted |= {name: getattr(experiment, name) for name in SHARED_SETTINGS}
     single = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes would wait for each other
     with filelock.FileLock(path.with_suffix(".lock")) if single else contextlib.nullcontext():
@@ -61,13 +59,14 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
     started = time.perf_counter()
     pool, mllm = load_pool(experiment), load_mllm(experiment.mllm, device=device, dtype=experiment.mllm_dtype)
     records = _records(experiment, pool, mllm, path.with_name("annotations.jsonl"))
-    place, side = pick_device(device), wanted["pixels"]
-    seen = replace(pool, images=replace(pool.images, size=side)) if side else pool
+    seen, files = pool, pool.images
+    if isinstance(files, ImageFiles):
+        seen = replace(pool, images=replace(files, size=wanted["pixels"]))
     classes = load_images(experiment.dataset, "test", experiment.image_size).num_classes
     done = pretrain(
         build_model(experiment.model, classes, experiment.width, experiment.seed),
         mllm,
-        Views(seen, mllm, path.with_name("features"), place),
+        Views(seen, mllm, path.with_name("features"), device),
         read_texts(records, pool.ids, mllm),
         experiment.pretrain,
         experiment.seed,
@@ -75,15 +74,16 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
     )
     processes = PartialState()  # those that shared the batches
     if processes.is_main_process:
-        spent = {
-            "processes": processes.num_processes,
-            "seconds_in_this_process": round(time.perf_counter() - started, 1),
-        }
+        seconds = round(time.perf_counter() - started, 1)
         result = {
             "label": "stage1",
             "parameters": wanted,
             "data": {"images": len(pool), "pool_sha256": pool.checksum(), "texts": len(records), "mllm": mllm.identity},
-            "provenance": {**provenance(place), **spent},
+            "provenance": {
+                **provenance(pick_device(device)),
+                "processes": processes.num_processes,
+                "seconds_in_this_process": seconds,
+            },
             "history": done.history[:: max(1, len(done.history) // 200)],
         }
         save_result(path.with_suffix(".json"), result)
@@ -92,12 +92,12 @@ def _pretrain(experiment: Experiment, path: Path, wanted: dict, device: str) -> 
 
 
 def _records(experiment: Experiment, pool: ImageSet, mllm: MllmTeacher, path: Path) -> list[Record]:
-    ids = set(pool.ids)
     if experiment.annotations == "new":
         with filelock.FileLock(path.with_suffix(".lock")):  # the first of several processes asks, the others read
             records = annotate(pool, TransformersBackend(mllm), path, [experiment.kind]).records
-    elif experiment.annotations == "bundled":
-        return [record for record in bundled_annotations() if record.kind == experiment.kind and record.id in ids]
     else:
-        records = [record for record in read_records(experiment.annotations) if record.id in ids]
-    return filter_records([record for record in records if record.kind == experiment.kind]).kept
+        bundled = experiment.annotations == "bundled"
+        records = bundled_annotations() if bundled else read_records(experiment.annotations)
+    ids = set(pool.ids)
+    wanted = [record for record in records if record.kind == experiment.kind and record.id in ids]
+    return wanted if experiment.annotations == "bundled" else filter_records(wanted).kept
