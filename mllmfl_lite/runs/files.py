@@ -28,14 +28,13 @@ class _Loader(yaml.SafeLoader):
 def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
     """Read fields of `Experiment` from YAML files; a later file's key replaces an earlier one's, also inside a block.
 
-    Raises:
-        ValueError: names each file that cannot be read, and each key that is no setting.
+    Files that cannot be read and keys that are no settings are named in one `ValueError`.
     """
     return _merge(paths)[0]
 
 
 def _merge(paths: Sequence[str | Path]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The settings, and the file that each comes from."""
+    """The settings, and the last file that names each."""
     values: dict[str, Any] = {}
     sources: dict[str, Path] = {}
     problems = []

@@ -47,20 +47,16 @@ def needed(of: Experiment) -> Iterator[str]:
 
 
 def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
-    """What the run needs and this machine lacks, with size, terms and how to get it.
-
-    Args:
-        experiment: what is run.
-        folder: the run's, for the file of `start`.
-    """
+    """What the run lacks here, with size, terms and how to get it. `folder` is the run's, for the file of `start`."""
     place = Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "mllmfl_lite").expanduser()
     names = [name for name in dict.fromkeys(needed(experiment)) if not _is_here(name, place)]
     texts = [TO_FETCH.get(name, f"{name}: put it there, or fetch it by that name") for name in names]
-    if experiment.start and not (start := start_file(experiment, folder)).is_file():
-        texts.append(f"weights to start from: {start}, a file written by save_model")
-    elif 1 in experiment.stages and experiment.annotations.endswith(".jsonl"):
-        there = Path(experiment.annotations).is_file()
-        texts += [] if there else [f"annotations: {experiment.annotations}, written by `mllmfl annotate`"]
+    annotations = experiment.annotations
+    if experiment.start:
+        start = start_file(experiment, folder)
+        texts += [] if start.is_file() else [f"weights to start from: {start}, a file written by save_model"]
+    elif 1 in experiment.stages and annotations.endswith(".jsonl") and not Path(annotations).is_file():
+        texts.append(f"annotations: {annotations}, written by `mllmfl annotate`")
     return [text.replace("{folder}", str(place)) for text in texts]
 
 
@@ -72,14 +68,9 @@ def _is_here(name: str, place: Path) -> bool:
         archive = name.replace("cifar", "cifar-")
         forms = (f"{name}.npz", f"{archive}-python.tar.gz", f"{archive}-batches-py", f"{archive}-python")
         return any((place / form).exists() for form in forms)
-    if name in ("imagenet", "imagenet_lt"):
-        return (place / name).is_dir()
     if Path(name).expanduser().is_dir() or (place / name).is_dir() or (":" in name and name not in TO_FETCH):
         return True
-    return _is_fetched(TO_FETCH[name].split()[-1] if name in TO_FETCH else name)
-
-
-def _is_fetched(hub: str) -> bool:
+    hub = TO_FETCH.get(name, name).split()[-1]  # a fetched model's command ends in its name
     try:
         index = try_to_load_from_cache(hub, "model.safetensors.index.json")
         if isinstance(index, str):

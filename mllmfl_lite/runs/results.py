@@ -45,11 +45,7 @@ def _revision() -> str:
 
 
 def result_path(folder: str | Path, label: str, seed: int) -> Path:
-    """The results file of that label and seed.
-
-    Raises:
-        ValueError: the label is no plain file name, so that a file elsewhere could be written.
-    """
+    """The results file of that label and seed; a label that is no plain file name is a `ValueError`."""
     text = label if isinstance(label, str) and label.isprintable() else ""
     if not text or text != Path(text).name or text.startswith(".") or len(text.encode()) > 200:
         raise ValueError(f"label must be a file name without '/', not hidden, of at most 200 bytes; got {label!r:.100}")
@@ -66,11 +62,7 @@ def save_result(path: str | Path, result: dict) -> None:
 
 
 def load_result(path: str | Path) -> dict:
-    """Read one result.
-
-    Raises:
-        ValueError: the file is no results file, or damaged.
-    """
+    """Read one result; a file that is none, or damaged, is a `ValueError`."""
     try:
         result = read_checked(path)
         if not isinstance(result.get("parameters"), dict):

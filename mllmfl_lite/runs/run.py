@@ -72,11 +72,7 @@ def run_experiment(
 
 
 def finished(path: str | Path, experiment: Experiment) -> dict:
-    """Read a results file, if it is this experiment's.
-
-    Raises:
-        ValueError: it has other parameters, which are named, or is no results file.
-    """
+    """Read a results file; one of other parameters, which are named, is a `ValueError`."""
     result = load_result(path)
     if other := differences(result["parameters"], parameters_of(experiment)):
         raise ValueError(f"{path} holds a run with other parameters ({other}); set them back, or use another folder")
