@@ -37,14 +37,12 @@ def strongly_augmented(batches: Batches, rows: Tensor, generator: torch.Generato
     light, contrast = (torch.rand(2, count, 1, 1, 1, generator=generator) - 0.5).to(x)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * (1 + contrast) + mean + light
-    sides = torch.tensor(x.shape[2:])[:, None]
-    centres = (torch.rand(2, count, generator=generator) * sides).long().to(x.device)
-    distances = [
-        (torch.arange(n, device=x.device) - centre[:, None]).abs()
-        for n, centre in zip(x.shape[2:], centres, strict=True)
-    ]
-    down, right = (distance < distance.shape[1] // 4 for distance in distances)
-    return x.masked_fill(down[:, None, :, None] & right[:, None, None, :], 0.0)
+    height, width = x.shape[2:]
+    centres = torch.rand(2, count, generator=generator) * torch.tensor([[height], [width]])
+    down, right = centres.long().to(x.device)[:, :, None]
+    blank_rows = (torch.arange(height, device=x.device) - down).abs() < height // 4  # (B, H)
+    blank_columns = (torch.arange(width, device=x.device) - right).abs() < width // 4  # (B, W)
+    return x.masked_fill(blank_rows[:, None, :, None] & blank_columns[:, None, None, :], 0.0)
 
 
 @dataclass(frozen=True)

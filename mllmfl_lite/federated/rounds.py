@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
@@ -70,8 +69,9 @@ def run_federated(
     method, settings, execution = method or FedAvg(), settings or FedSettings(), execution or Execution(device="cpu")
     check_run(model, federation, settings)
     rounds = _Rounds(model, federation, method, settings, seed, execution)
-    identity = identity_of(model, federation, method, settings, seed)
-    with RunFolder(execution.folder, identity) if execution.folder else contextlib.nullcontext() as folder:
+    if not execution.folder:
+        return rounds.run(None, ask)
+    with RunFolder(execution.folder, identity_of(model, federation, method, settings, seed)) as folder:
         return rounds.run(folder, ask)
 
 
