@@ -30,30 +30,20 @@ def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Files that cannot be read and keys that are no settings are named in one `ValueError`.
     """
-    return _merge(paths)[0]
-
-
-def _merge(paths: Sequence[str | Path]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The settings, and the last file that names each."""
     values: dict[str, Any] = {}
-    sources: dict[str, Path] = {}
-    problems = []
-    for path in map(Path, paths):
+    problems: list[str] = []
+    for path in paths:
         try:
-            given = _read(path)
+            given = _read(Path(path))
         except ValueError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
             continue
-        for key in [key for key in given if key not in SETTINGS][:10]:
-            advice = "write it inside federated, pretrain or align" if key in INSIDE else f"there are {SETTINGS}"
-            problems.append(f"{path}: {key!r:.60} is no setting; {advice}")
         for key, value in given.items():  # a block keeps the keys that a later file does not name
             both = isinstance(value, dict) and isinstance(values.get(key), dict)
             values[key] = {**values[key], **value} if both else value
-        sources |= dict.fromkeys(given, path)
     if problems:
         raise ValueError("\n".join(problems))
-    return values, sources
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -63,6 +53,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()):.400}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
+    if wrong := [key for key in given if key not in SETTINGS][:10]:
+        inside, known = "write it inside federated, pretrain or align", f"there are {SETTINGS}"
+        lines = [f"{path}: {key!r:.60} is no setting; {inside if key in INSIDE else known}" for key in wrong]
+        raise ValueError("\n".join(lines))
     return given
 
 
@@ -113,10 +107,15 @@ def read_runs(files: Sequence[str | Path], methods: Sequence[str | Path] = (), s
 
 
 def _runs_of(paths: Sequence[str | Path], label: str, seeds: Sequence[int]) -> list[Run]:
-    values, sources = _merge(paths)
+    values = read_settings(paths)
     try:
         experiment = experiment_of(values)
         return [Run(label, replace(experiment, seed=seed)) for seed in dict.fromkeys(seeds or [experiment.seed])]
     except ValueError as error:
-        lines = [(re.split(r"\W", line)[0], line) for line in str(error).splitlines()]
-        raise ValueError("\n".join(f"{sources.get(key, paths[-1])}: {line}" for key, line in lines)) from error
+        lines = [f"{_source(re.split(r'[^a-z_]', line)[0], paths)}: {line}" for line in str(error).splitlines()]
+        raise ValueError("\n".join(lines)) from error
+
+
+def _source(key: str, paths: Sequence[str | Path]) -> str | Path:
+    """The last file that names the setting."""
+    return next((path for path in reversed(paths) if key in _read(Path(path))), paths[-1])
