@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,12 @@ def test_committed_results_are_whole():
         ("federated: {lr: 0.1, lr: 0.2}", "the key 'lr' stands twice"),
         ("? [a]\n: 1", "cannot be read"),
         ("federated: {1: 2}", "federated.1: there is no such setting"),
+        (
+            "method_options: {a: &a [x], "
+            + ", ".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+            + "}",
+            "aliases (*name) are not allowed; write the value out",
+        ),
         ("width: " + "[" * 5_000, "cannot be read"),
         ("width: " + "{a: " * 5_000, "cannot be read"),
         ("- width", "must hold lines of the form `name: value`; it holds a list"),

@@ -16,7 +16,15 @@ from mllmfl_lite.runs.run import finished
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which each key of a block stands once; PyYAML alone would take the last."""
+    """YAML without aliases, in which each key of a block stands once; PyYAML alone would take the last.
+
+    Aliases of aliases make a value of a million million parts out of thirty lines.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not allowed; write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
