@@ -236,7 +236,8 @@ def test_nobody_listens(pool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000/v1", "", "http://", "http://h:port/v1", "http://[::1/v1", "http://\udcff/v1"]
+    "url",
+    ["localhost:8000/v1", "", "http://", "http://h:port/v1", "http://h:99999/v1", "http://[::1/v1", "http://\udcff/v1"],
 )
 def test_what_is_no_address_is_said_at_once(url):
     with pytest.raises(ValueError, match="endpoint"):

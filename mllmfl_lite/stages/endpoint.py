@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -78,6 +79,7 @@ class EndpointBackend:
         self._stop, self._answered, self._quiet_until = threading.Event(), 0, 0.0
         limit = Timeout(timeout, connect=min(timeout, CONNECT))
         try:
+            urlsplit(url).port  # noqa: B018 (raises ValueError beyond 65535)
             client = OpenAI(base_url=url, api_key=key or "none", timeout=limit, max_retries=0)
         except Exception as error:  # what is no address
             raise ValueError(f"{self._where} ({self._reader.shown(str(error))}); see the address") from None
