@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser types lock outputs annotations tables bench-peers
+MORE := serve unit notebooks browser lock outputs annotations tables thorough bench-peers
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -81,13 +81,10 @@ serve: book
 
 test: lint unit notebooks browser  ## prove everything: lint, unit tests, every notebook's outputs, the rendered book
 
-lint: $(INSTALLED)  ## ruff: style and format; the size of the package
+lint: $(INSTALLED)  ## ruff: style and format; mypy: types; the size of the package
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "lint: clean"
+	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python tests/test_house.py
-
-# mypy, as pyproject.toml sets it. Not yet part of lint.
-types: $(INSTALLED)
-	@$(BIN)/mypy
 
 # The unit tests.
 unit: $(INSTALLED)
@@ -100,6 +97,10 @@ browser: $(BOOK)
 # Compares the outputs just computed with the committed ones (nbval).
 notebooks: $(EXECUTED)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
+
+# Kills, damaged files, hostile inputs, lying clients, odd servers: a table, in about half an hour.
+thorough: $(INSTALLED)
+	@$(BIN)/python tests/slow/harness.py
 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own
 	@FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -p no:cacheprovider -n logical --dist worksteal \

@@ -96,7 +96,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     with RunFolder(tmp_path, IDENTITY) as folder:
         folder.save(1, tensors(1.0), "one")
         monkeypatch.setattr(repro.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(CheckpointError, match=r"checkpoint 2: .*weights-000002.safetensors cannot be written .*No space left"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 2: .*000002.* cannot be written .*No space left"):
             folder.save(2, tensors(2.0), "two")
         monkeypatch.undo()
         assert folder.load()[0] == 1

@@ -29,7 +29,7 @@ RUNS = ROOT / "notebooks" / "runs"
 NOTEBOOK = RUNS / "run.ipynb"
 BENCHMARKS = sorted(path for scale in ("laptop", "medium", "paper") for path in (RUNS / scale).glob("*.yaml"))
 METHODS = sorted((RUNS / "methods").glob("*.yaml"))
-FEW = sorted((RUNS / "methods" / "cifar10_only").glob("*.yaml"))
+FEW = sorted((RUNS / "methods").glob("*/*.yaml"))
 TINY = {
     "dataset": "cifar10_mini", "num_clients": 4, "width": 4, "stages": [2, 3],
     "federated": {"rounds": 4, "clients_per_round": 2, "local_epochs": 1, "batch_size": 64, "report_rounds": 1},
@@ -363,8 +363,8 @@ def test_make_plans_a_run_and_names_what_there_is():
     assert few.returncode == 0 and "1 runs, " in few.stdout, few.stderr
     for words, says in (
         (("paper", "RUN=cifar11/fedavg"), "no benchmark 'cifar11' at SCALE=paper, but: cifar100_lt_if10 cifar100_lt_"),
-        (("paper", "RUN=cifar10_lt_if10/fedevg"), "there is no method 'fedevg', but: clip2fl clip2fl_imagenet"),
-        (("paper", "RUN=cifar10_lt_if10"), "there is no method '', but: clip2fl"),
+        (("paper", "RUN=cifar10_lt_if10/fedevg"), "there is no method 'fedevg', but: balanced_softmax clip2fl"),
+        (("paper", "RUN=cifar10_lt_if10"), "there is no method '', but: balanced_softmax"),
         (("sweep",), "there is no benchmark ''"),
     ):
         refused = make(*words)

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_images
+from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from mllmfl_lite.data.batches import Batches, open_batches
+from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.strong import CUTOUT, POLICIES, _square, change, strong_stream, strong_views
+from mllmfl_lite.federated import FedAvg, Federation, FedSettings, FedYoYo, run_federated
+from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
 
 
@@ -62,9 +65,12 @@ def test_a_stream_is_the_views_in_order(batches):
     assert all(map(torch.equal, strong_stream(batches, parts, torch_generator(3, "x")), wanted))
 
 
-def test_images_in_files_are_refused(tmp_path):
-    from PIL import Image
-
-    Image.fromarray(make_images(1).images[0]).resize((40, 40)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="use augment 'weak' for images in files"):
-        strong_views(open_batches(folder_images(tmp_path, 32)), torch.zeros(1, dtype=torch.int64), torch_generator(0))
+@pytest.mark.parametrize(("augment", "method"), [("strong", FedAvg()), ("weak", FedYoYo())])
+def test_images_in_files_are_refused_before_the_first_round(augment, method, tmp_path):
+    for i in range(4):
+        Image.fromarray(make_images(4, size=40).images[i]).save(tmp_path / f"{i}.png")
+    files = folder_images(tmp_path, 32)
+    federation = Federation(files, [np.arange(4)], files)
+    settings = FedSettings(rounds=1, clients_per_round=1, local_epochs=1, batch_size=4, augment=augment)
+    with pytest.raises(ValueError, match="strong augmentation is for images in memory"):
+        run_federated(build_model("resnet8", 1, width=4), federation, method, settings)

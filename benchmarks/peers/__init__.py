@@ -23,8 +23,12 @@ class PlainBatches(Batches):
     def plain(self, indices):
         return super().plain(indices).double()
 
-    def _crop(self, indices, drawn):
+    def augmented(self, indices, generator):
+        self.cropped(indices, generator)  # as many draws as with augmentation
         return self.plain(indices)
+
+    def stream(self, parts, generator):
+        return [self.augmented(part, generator) for part in parts]
 
 
 def batches_of(data, equal):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as F
 
-from mllmfl_lite.data.batches import Batches, FileBatches
+from mllmfl_lite.data.batches import Batches
 
 CUTOUT = 16  # pixels a side of the blank square (DeVries & Taylor, 2017)
 POLICIES = AutoAugment(AutoAugmentPolicy.CIFAR10).policies  # 25 pairs of (operation, probability, level 0..9)
@@ -58,14 +58,8 @@ def change(images: Tensor, operation: str, level: float | None, sign: int) -> Te
     return UNSIGNED[operation](images, level or 0)
 
 
-def strong_views(batches: Batches | FileBatches, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """The images at `rows` (B,), cropped and flipped, then changed by the policy and Cutout: float32 (B, 3, H, W).
-
-    Raises:
-        ValueError: the images are in files; the policy is one for small images.
-    """
-    if isinstance(batches, FileBatches):
-        raise ValueError("strong augmentation is for images in memory (CIFAR); use augment 'weak' for images in files")
+def strong_views(batches: Batches, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """The images at `rows` (B,), cropped and flipped, then changed by the policy and Cutout: float32 (B, 3, H, W)."""
     count, pixels = len(rows), batches.cropped(rows, generator)
     chosen = torch.randint(len(POLICIES), (count,), generator=generator).tolist()
     chance = torch.rand(count, 2, generator=generator).tolist()
@@ -83,9 +77,7 @@ def strong_views(batches: Batches | FileBatches, rows: Tensor, generator: torch.
     return batches.normalise(pixels).masked_fill(square, 0.0)
 
 
-def strong_stream(
-    batches: Batches | FileBatches, parts: Iterable[Tensor], generator: torch.Generator
-) -> Iterator[Tensor]:
+def strong_stream(batches: Batches, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
     """`strong_views` for each run of indices."""
     return (strong_views(batches, part, generator) for part in parts)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mllmfl_lite.data.batches import open_batches
-from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.data.partition import Split, check_split
 from mllmfl_lite.federated.methods import FedAvg, FedSettings
 from mllmfl_lite.models import CompactModel
@@ -31,9 +31,17 @@ def choose_clients(num_clients: int, settings: FedSettings, round_: int, seed: i
     return sorted(rng.choice(num_clients, settings.clients_per_round, replace=False).tolist())
 
 
-def check_run(model: CompactModel, federation: Federation, settings: FedSettings) -> None:
+def check_run(
+    model: CompactModel, federation: Federation, settings: FedSettings, method: FedAvg | type[FedAvg] = FedAvg
+) -> None:
     """Raise `ValueError` if the rounds could not run to their end."""
     train, split, test = federation
+    strong = settings.augment == "strong" or getattr(method, "strong_views", False)
+    if strong and isinstance(train.images, ImageFiles):
+        raise ValueError(
+            "strong augmentation is for images in memory (CIFAR), not in files; use federated.augment 'weak' and a "
+            "method without strong views"
+        )
     check_split(split)
     low, high = min(indices.min() for indices in split), max(indices.max() for indices in split)
     if not 0 <= low <= high < len(train):

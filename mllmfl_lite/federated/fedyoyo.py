@@ -48,6 +48,7 @@ class FedYoYo(FedAvg):
     Our reading: the weak view has no rotation, the effective numbers are bounded, shares are at least 1e-8.
     """
 
+    strong_views = True
     tau: float = 1.5
     temperature: float = 1.5  #: T
     weight: float = 4.0  #: of the distillation, at its end

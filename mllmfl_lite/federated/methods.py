@@ -62,6 +62,7 @@ class FedAvg:
     clip_flops = 0  # operations of a CLIP on one image, if clients run one
     clip_bytes = 0  # of its weights
     needs_pool = False  # whether the server's step uses open images
+    strong_views = False  # whether clients augment strongly, whatever the settings
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: Any) -> FedAvg:

@@ -67,7 +67,7 @@ def run_federated(
         CheckpointError: the folder belongs to another run, is damaged, in use or not writable.
     """
     method, settings, execution = method or FedAvg(), settings or FedSettings(), execution or Execution(device="cpu")
-    check_run(model, federation, settings)
+    check_run(model, federation, settings, method)
     rounds = _Rounds(model, federation, method, settings, seed, execution)
     if not execution.folder:
         return rounds.run(None, ask)

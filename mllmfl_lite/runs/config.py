@@ -86,8 +86,6 @@ def _problems(of: Experiment) -> Iterator[str]:
     except (TypeError, ValueError):
         yield f"method_options must be finite numbers, switches or text; got {of.method_options!r:.100}"
     yield from _option_problems(of)
-    if rounds.augment == "strong" and of.dataset == "imagenet_lt":
-        yield "federated.augment 'strong' is for small images (CIFAR); use 'weak' for imagenet_lt"
     if (uses_pool(of) or {1, 3} & set(stages)) and "web" not in PARTS.get(of.pool, ("web",)):
         yield f"pool {of.pool!r} has no open images; use {BUNDLED_POOL!r} or a folder of images"
     if of.pool == RESERVED_POOL and of.dataset != "cifar10":

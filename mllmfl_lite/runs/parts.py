@@ -22,12 +22,16 @@ from mllmfl_lite.teachers.answers import PoolLabels
 from mllmfl_lite.teachers.base import Teacher
 
 
+def load_clients_part(experiment: Experiment) -> ImageSet:
+    """The training part, less what the server keeps of it: what clients may hold."""
+    full = load_images(experiment.dataset, "train", experiment.image_size)
+    return full.subset(for_clients(full)) if experiment.pool == RESERVED_POOL else full
+
+
 def load_federation(experiment: Experiment) -> Federation:
     """The clients' images, who holds which, and the test images."""
-    full = load_images(experiment.dataset, "train", experiment.image_size)
+    full = load_clients_part(experiment)
     chosen = np.arange(len(full))
-    if experiment.pool == RESERVED_POOL:
-        full = full.subset(for_clients(full))
     if experiment.dataset != "imagenet_lt":
         chosen = long_tail_subset(full.labels, full.num_classes, experiment.imbalance_factor, experiment.seed)
     if experiment.balanced:
@@ -37,20 +41,26 @@ def load_federation(experiment: Experiment) -> Federation:
     return Federation(train, split, load_images(experiment.dataset, "test", experiment.image_size))
 
 
+def method_class(name: str) -> type[FedAvg]:
+    """The class of a name in `METHODS`, or of ``module:Class``; one that cannot be found is a `ValueError`."""
+    try:
+        return pkgutil.resolve_name(name) if ":" in name else METHODS[name]
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be made: {error}") from error
+
+
 def make_method(experiment: Experiment, train: ImageSet, folder: str | Path = "") -> FedAvg:
     """The method for these clients' images; the folder caches what it asks a CLIP.
 
     Raises:
         ValueError: no such class, or an option that the method does not have.
     """
-    name = experiment.method
+    name, method, server = experiment.method, method_class(experiment.method), {}
+    if getattr(method, "needs_pool", False):
+        server = {"pool": load_pool(experiment), "model": initial_model(experiment, train.num_classes, None)}
     try:
-        method = pkgutil.resolve_name(name) if ":" in name else METHODS[name]
-        server = {}
-        if getattr(method, "needs_pool", False):
-            server = {"pool": load_pool(experiment), "model": initial_model(experiment, train.num_classes, None)}
         return method.for_clients(train, experiment.clip, folder, **experiment.method_options, **server)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"method {name!r} with options {experiment.method_options} cannot be made: {error}") from error
 
 

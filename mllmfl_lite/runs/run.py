@@ -24,7 +24,15 @@ from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
 from mllmfl_lite.runs.config import Experiment, parameters_of, uses_pool
-from mllmfl_lite.runs.parts import initial_model, load_federation, load_pool, load_teacher, make_method, start_file
+from mllmfl_lite.runs.parts import (
+    initial_model,
+    load_federation,
+    load_pool,
+    load_teacher,
+    make_method,
+    method_class,
+    start_file,
+)
 from mllmfl_lite.runs.results import load_result, provenance, result_path, save_result
 from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import align
@@ -124,7 +132,7 @@ class _Run:
         if 2 not in self.experiment.stages:
             return None
         untrained = initial_model(self.experiment, self.federation.train.num_classes, None)
-        check_run(untrained, self.federation, self.experiment.federated)
+        check_run(untrained, self.federation, self.experiment.federated, method_class(self.experiment.method))
         return make_method(self.experiment, self.federation.train, self.answers)
 
     def _initial_model(self) -> CompactModel:
