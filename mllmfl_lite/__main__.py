@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+import torch
 
 from mllmfl_lite.checkpoint import CheckpointError
 from mllmfl_lite.federated import ClientDiverged
@@ -19,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     annotate_command.add_command(subparsers)
     command.add_commands(subparsers)
     chosen = parser.parse_args(arguments)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several would wait for each other on a busy machine
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
