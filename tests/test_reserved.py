@@ -71,6 +71,14 @@ def test_a_run_says_what_its_sets_share(tmp_path, caplog, monkeypatch):
     assert "images that two sets share" in caplog.text
 
 
+def test_a_lossy_copy_is_the_same_image_and_a_near_one_is_not():
+    data = made("cifar10", "train")
+    noise = np.random.default_rng(0).integers(-6, 7, data.images.shape)
+    copies = ImageSet(np.clip(data.images + noise, 0, 255).astype(np.uint8), data.labels, data.names, "copies")
+    shifted = ImageSet(np.clip(data.images.astype(int) + 12, 0, 255).astype(np.uint8), data.labels, data.names, "other")
+    assert overlap(a=data, b=copies, c=shifted) == {"a and b": len(data), "a and c": 0, "b and c": 0}
+
+
 def test_the_pool_is_for_cifar10():
     with pytest.raises(ValueError, match="pool 'reserved' keeps images of cifar10 from its clients"):
         Experiment("cifar100", pool="reserved")
