@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser lock outputs annotations tables thorough bench-peers
+MORE := serve unit notebooks browser lock outputs annotations tables harness bench-peers
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -99,7 +99,7 @@ notebooks: $(EXECUTED)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
 
 # Kills, damaged files, hostile inputs, lying clients, odd servers: a table, in about half an hour.
-thorough: $(INSTALLED)
+harness: $(INSTALLED)
 	@$(BIN)/python tests/slow/harness.py
 
 flower: $(FLOWER)/.installed  ## the Flower app's tests, on real processes, in an environment of its own

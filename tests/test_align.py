@@ -165,6 +165,11 @@ def test_answers_of_any_float_type_are_taken(images, answers, chosen):
         draw_server_set(images, answers, "rgb", 4)
 
 
+def test_a_set_needs_an_image_of_each_class(images, answers):
+    with pytest.raises(ValueError, match="per_class is the images of each class, at least 1; got 0"):
+        draw_server_set(images, answers, NAMES, 0)
+
+
 def test_of_equally_confident_images_the_first_are_taken():
     images = make_images(300)
     sure = torch.eye(3)[torch.from_numpy(images.labels)]

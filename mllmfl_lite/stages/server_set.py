@@ -36,6 +36,8 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
         ValueError: shapes that do not fit, rows that are no distributions, or no image that stands for a class.
     """
     probabilities = torch.as_tensor(probabilities).detach().float().cpu()
+    if per_class < 1:
+        raise ValueError(f"per_class is the images of each class, at least 1; got {per_class}")
     if probabilities.shape != (len(pool), len(names)) or not len(pool):
         raise ValueError(
             f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
