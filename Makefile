@@ -98,7 +98,7 @@ browser: $(BOOK)
 notebooks: $(EXECUTED)
 	@$(BIN)/pytest -p no:cacheprovider notebooks
 
-# Kills, damaged files, hostile inputs, lying clients, odd servers: a table, in about half an hour.
+# Kills, damaged files, hostile inputs, lying clients, odd servers: a table, in ten minutes.
 harness: $(INSTALLED)
 	@$(BIN)/python tests/slow/harness.py
 
