@@ -359,7 +359,10 @@ def test_a_full_disk_after_the_last_answer_is_said_rightly(folder, serve, capsys
     assert "No space left on device); all 12 records are in" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_command_at_once(folder, serve, capsys):
+def test_ctrl_c_ends_the_command_at_once(folder, serve, capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell started us with &
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def reply(request):
         if request["messages"][0]["content"][1]["text"] == load_prompts()["class_name"]:
             return 200, chat()

@@ -22,6 +22,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The bin folder of an environment that has this package's wheel, and the other packages from here."""
+    pytest.importorskip("pip")
     place = tmp_path_factory.mktemp("installed")
     listed = subprocess.run(["git", "ls-files", "mllmfl_lite"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in (*listed.stdout.splitlines(), "pyproject.toml", "README.md", "LICENSE"):
