@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed$(if $(NEWEST),-newest)
 PACKAGE := $(shell find mllmfl_lite -type f ! -path '*/__pycache__/*')
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
-RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*')
+RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*' ! -path '*/tuning/*' ! -path '*/tuned/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
 BOOK := _build/html/.built
 FLOWER := .venv-flower

@@ -62,3 +62,16 @@ def test_every_method_has_six_trials_and_none_uses_a_test_image():
     train, held = ({image.tobytes() for image in part.images} for part in (federation.train, federation.test))
     test = {image.tobytes() for image in tune.load_clients_part(tune.experiment_of(WORLD)).images}
     assert held <= test and not held & train and len(held) == 1000
+
+
+def test_committed_settings_are_the_best_of_committed_trials():
+    for path in sorted(evidence.RUNS.glob("*/tuned/*.yaml")):
+        (trials,) = (evidence.RESULTS / path.parent.parent.name / "tuning").glob(f"*/{path.stem}.json")
+        found = json.loads(trials.read_text(encoding="utf-8"))
+        what, choices = tune.METHODS[path.stem]
+        assert [trial["settings"] for trial in found] == tune.combinations(choices)
+        best = max(found, key=lambda one: one["top1"])["settings"]
+        chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert (
+            all(chosen[key].items() >= block.items() for key, block in best.items()) and what.items() <= chosen.items()
+        )
