@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import tune
 from sweep import RESULTS, RUNS
+from tune import tuned_file
 
 from mllmfl_lite.runs.files import Run, read_runs
 from mllmfl_lite.runs.needs import missing
@@ -48,11 +49,11 @@ class Job(NamedTuple):
 
     def run(self) -> Run:
         """The run, with the best settings of the trials; without trials a ValueError."""
-        return read_runs([self.benchmark], [tuned(self.benchmark, self.name)], [self.seed or 0])[0]
+        return read_runs([self.benchmark], [tuned_file(self.benchmark, self.name)], [self.seed or 0])[0]
 
     def hours(self) -> float:
         """Estimate for a laptop; before the trials that of FedAvg. Trials count as six runs."""
-        known = tuned(self.benchmark, self.name).exists()
+        known = tuned_file(self.benchmark, self.name).exists()
         of = self.run() if known else read_runs([self.benchmark], [], [0])[0]
         return total_hours([of.experiment], "laptop") * (6 if self.seed is None else 1)
 
@@ -64,17 +65,12 @@ def undone() -> Iterator[Job]:
         benchmark = RUNS / f"{place}.yaml"
         needed = dict.fromkeys(name for m in methods for name in (tune.ROUNDS_OF.get(m), m) if name)
         for name in needed:
-            if not tuned(benchmark, name).exists() and (benchmark, name) not in asked:
+            if not tuned_file(benchmark, name).exists() and (benchmark, name) not in asked:
                 asked.add((benchmark, name))
                 yield Job(benchmark, name, None)
         for job in (Job(benchmark, method, seed) for seed in seeds for method in methods):
-            if not tuned(benchmark, job.name).exists() or not job.run().is_done(folder(benchmark)):
+            if not tuned_file(benchmark, job.name).exists() or not job.run().is_done(folder(benchmark)):
                 yield job
-
-
-def tuned(benchmark: Path, name: str) -> Path:
-    """The file with the best of a method's trials."""
-    return benchmark.parent / "tuned" / f"{name}.yaml"
 
 
 def folder(benchmark: Path) -> Path:
@@ -96,15 +92,18 @@ def describe() -> Iterator[str]:
     left: dict[tuple[Path, str], list[Job]] = {}
     for job in undone():
         left.setdefault((job.benchmark, job.name), []).append(job)
+    total = 0.0
     for (benchmark, name), jobs in left.items():
         seeds = [str(job.seed) for job in jobs if job.seed is not None]
         what = "six trials, " * (len(seeds) < len(jobs)) + f"seeds {' '.join(seeds)}"
-        yield f"{benchmark.parent.name}/{benchmark.stem} {name}: {what}: about {in_words(sum(j.hours() for j in jobs))}"
+        hours = sum(job.hours() for job in jobs)
+        total += hours
+        yield f"{benchmark.parent.name}/{benchmark.stem} {name}: {what}: about {in_words(hours)}"
     benchmarks = dict.fromkeys(benchmark for benchmark, _ in left)
     for need in sorted({need for b in benchmarks for need in missing(read_runs([b], [], [0])[0].experiment)}):
         yield f"missing: {need}"
-    done, jobs = len(list(RESULTS.glob("*/tuned/*/*.json"))), [job for jobs in left.values() for job in jobs]
-    yield f"{done} runs done, {len(jobs)} jobs left, about {in_words(sum(job.hours() for job in jobs))} of one core"
+    done = len(list(RESULTS.glob("*/tuned/*/*.json")))
+    yield f"{done} runs done, {sum(map(len, left.values()))} jobs left, about {in_words(total)} of one core"
 
 
 if __name__ == "__main__":

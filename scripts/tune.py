@@ -25,7 +25,7 @@ from mllmfl_lite.federated import Federation, FedResult, run_federated
 from mllmfl_lite.repro import Execution, numpy_generator, write_json
 from mllmfl_lite.runs import Experiment, load_pool, load_teacher
 from mllmfl_lite.runs.config import experiment_of
-from mllmfl_lite.runs.files import read_settings
+from mllmfl_lite.runs.files import merge, read_settings
 from mllmfl_lite.runs.parts import initial_model, load_clients_part, make_method, start_file
 from mllmfl_lite.runs.run import rounds_key
 from mllmfl_lite.stages.align import align
@@ -105,35 +105,33 @@ def trial(of: Experiment, answers: Path, done: dict[str, FedResult]) -> float:
     return evaluate_model(aligned, federation.test, train.class_counts())["top1"]
 
 
+def tuned_file(benchmark: Path, name: str) -> Path:
+    """The file with the best of a method's trials."""
+    return benchmark.parent / "tuned" / f"{name}.yaml"
+
+
 def tune(benchmark: Path, name: str) -> None:
     """Run the trials that are not done, and write the best one's file."""
     scale = benchmark.parent.name
-    out = RESULTS / scale / "tuning" / benchmark.stem / f"{name}.json"
-    tuned, common = benchmark.parent / "tuned" / f"{name}.yaml", read_settings([benchmark])
+    out, tuned = RESULTS / scale / "tuning" / benchmark.stem / f"{name}.json", tuned_file(benchmark, name)
     what, choices = METHODS[name]
     if name in ROUNDS_OF:
-        what = {**read_settings([benchmark.parent / "tuned" / f"{ROUNDS_OF[name]}.yaml"]), **what}
+        what = merge(read_settings([tuned_file(benchmark, ROUNDS_OF[name])]), what)
     trials = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     done: dict[str, FedResult] = {}
     for settings in combinations(choices)[len(trials) :]:
-        values = {**common, **what, "seed": SEED}
-        for key, block in settings.items():
-            values[key] = {**values.get(key, {}), **block}
-        of = experiment_of(values)
-        torch.set_num_threads(1)
+        of = experiment_of({**merge(read_settings([benchmark]), merge(what, settings)), "seed": SEED})
         top1 = trial(replace(of, start=of.start.replace("{seed}", "0")), RESULTS / scale / "answers", done)
         trials.append({"settings": settings, "top1": round(top1, 4)})
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, trials)
         print(f"{name} {settings}: {100 * top1:.1f} %", flush=True)
     best = max(trials, key=lambda one: one["top1"])
-    chosen = {**what}
-    for key, block in best["settings"].items():
-        chosen[key] = {**chosen.get(key, {}), **block}
     tuned.parent.mkdir(exist_ok=True)
     figure = f"{100 * best['top1']:.1f} % of seed {SEED}'s held-out images"
     line = f"# {name}: the best of six trials ({figure}), by scripts/tune.py\n"
-    tuned.write_text(line + yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+    tuned.write_text(line + yaml.safe_dump(merge(what, best["settings"]), sort_keys=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import pytest
 import tune
 import yaml
 
+from mllmfl_lite.runs.files import read_runs
+
 WORLD = {
     "dataset": "cifar10_mini", "imbalance_factor": 100, "num_clients": 10, "width": 4,
     "federated": {"rounds": 1, "clients_per_round": 1, "local_epochs": 1, "eval_every": 5, "report_rounds": 1},
@@ -52,6 +54,21 @@ def test_an_interrupted_queue_goes_on_and_ends(queue, monkeypatch):
     assert next(evidence.describe()).startswith("laptop/world fedavg: seeds 1: about")
     evidence.do(next(evidence.undone()))
     assert list(evidence.undone()) == [] and len(list((queue / "results/laptop/tuned/world").glob("*.json"))) == 2
+
+
+def test_trials_and_runs_have_the_benchmarks_settings_and_the_rounds_best_ones(queue, monkeypatch):
+    """Whatever a method's own file and its trials change, a block keeps what they do not name."""
+    tried, world = [], queue / "laptop/world.yaml"
+    monkeypatch.setattr(tune, "trial", lambda of, *more: (tried.append(of), of.federated.lr + of.align.lr)[1])
+    for name in ("fedavg", "stage3", "feddf"):
+        tune.tune(world, name)
+    assert len(tried) == 18 and {of.federated.rounds for of in tried} == {
+        of.federated.local_epochs for of in tried
+    } == {1}
+    assert {of.federated.lr for of in tried[6:12]} == {0.5}, "stage 3 goes on from the best rounds"
+    for name, of in (("fedavg", tried[5]), ("stage3", tried[10]), ("feddf", tried[15])):
+        (run,) = read_runs([world], [tune.tuned_file(world, name)], [tune.SEED])
+        assert run.experiment == of
 
 
 def test_every_method_has_six_trials_and_none_uses_a_test_image():

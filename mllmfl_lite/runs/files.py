@@ -46,12 +46,19 @@ def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
         except ValueError as error:
             problems += str(error).splitlines()
             continue
-        for key, value in given.items():  # a block keeps the keys that a later file does not name
-            both = isinstance(value, dict) and isinstance(values.get(key), dict)
-            values[key] = {**values[key], **value} if both else value
+        values = merge(values, given)
     if problems:
         raise ValueError("\n".join(problems))
     return values
+
+
+def merge(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Replace settings by those given; a block keeps its keys that are not given."""
+    merged = dict(values)
+    for key, value in given.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        merged[key] = {**values[key], **value} if both else value
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any]:
