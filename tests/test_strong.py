@@ -10,7 +10,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.folders import folder_images
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.data.strong import CUTOUT, POLICIES, _square, change, strong_stream, strong_views
+from mllmfl_lite.data.strong import CUTOUT, POLICIES, _square, change, strong_views
 from mllmfl_lite.federated import FedAvg, Federation, FedSettings, FedYoYo, run_federated
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import torch_generator
@@ -62,7 +62,7 @@ def test_a_stream_is_the_views_in_order(batches):
     parts = torch.arange(10).split(4)
     generator = torch_generator(3, "x")
     wanted = [strong_views(batches, part, generator) for part in parts]
-    assert all(map(torch.equal, strong_stream(batches, parts, torch_generator(3, "x")), wanted))
+    assert all(map(torch.equal, FedAvg().views(batches, parts, torch_generator(3, "x"), "strong"), wanted))
 
 
 @pytest.mark.parametrize(("augment", "method"), [("strong", FedAvg()), ("weak", FedYoYo())])

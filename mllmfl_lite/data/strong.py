@@ -6,7 +6,7 @@ The policy (Cubuk et al., 2019) was searched on labelled, balanced CIFAR-10 imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,11 +75,6 @@ def strong_views(batches: Batches, rows: Tensor, generator: torch.Generator) -> 
             pixels[images] = change(pixels[images], *operation)
     square = _square(centre.long().to(rows.device), pixels.shape[2:])
     return batches.normalise(pixels).masked_fill(square, 0.0)
-
-
-def strong_stream(batches: Batches, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-    """`strong_views` for each run of indices."""
-    return (strong_views(batches, part, generator) for part in parts)
 
 
 def _square(centre: Tensor, sides: torch.Size) -> Tensor:

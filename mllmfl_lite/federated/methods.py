@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.data.strong import strong_stream
+from mllmfl_lite.data.strong import strong_views
 from mllmfl_lite.federated.aggregate import State, weighted_mean
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import settings_class, sha256_arrays
@@ -106,7 +106,9 @@ class FedAvg:
         self, batches: Batches, parts: list[Tensor], generator: torch.Generator, augment: str
     ) -> Iterator[Tensor]:
         """The images x of `local_loss` for each run of indices."""
-        return batches.stream(parts, generator) if augment == "weak" else strong_stream(batches, parts, generator)
+        if augment == "weak":
+            return batches.stream(parts, generator)
+        return (strong_views(batches, part, generator) for part in parts)
 
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """The client's loss on a batch of augmented images x (B, 3, H, W) with labels y (B,).

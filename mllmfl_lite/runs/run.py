@@ -9,6 +9,7 @@ models/                             ...-federated.safetensors and ...-aligned.sa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 from mllmfl_lite.checkpoint import RunFolder, differences
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.data.metrics import evaluate_model, summarise
 from mllmfl_lite.data.reserved import RESERVED_POOL, overlap
 from mllmfl_lite.federated import AlignEachRound, Ask, FedAvg, FedResult, run_federated
@@ -98,6 +100,11 @@ class _Run:
         self.shared, self.answers = shared, path.parent / shared / "answers"
         self.federation = load_federation(experiment)
 
+    @functools.cached_property
+    def pool(self) -> ImageSet:
+        """The server's open images; read when a stage needs them, once."""
+        return load_pool(self.experiment)
+
     def run(self) -> None:
         started = time.perf_counter()
         method = self._method()
@@ -147,7 +154,7 @@ class _Run:
         train, test = self.federation.train, self.federation.test
         sets = {"clients": train, "test": test}
         if {1, 3} & set(self.experiment.stages) or uses_pool(self.experiment):
-            sets["pool"] = load_pool(self.experiment)
+            sets["pool"] = self.pool
         shared = overlap(**sets)
         if any(shared.values()):
             log.warning("images that two sets share: %s; use a pool that holds none of the clients' images", shared)
@@ -160,7 +167,7 @@ class _Run:
         }
 
     def _server_set(self) -> tuple[ServerSet, dict]:
-        pool, names = load_pool(self.experiment), self.federation.train.names
+        pool, names = self.pool, self.federation.train.names
         probabilities = ask_teacher(load_teacher(self.experiment, pool, self.device), pool, names, self.answers)
         server_set = draw_server_set(pool, probabilities, names, self.experiment.align.per_class)
         return server_set, describe(server_set, pool)
