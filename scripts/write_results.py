@@ -57,8 +57,8 @@ NOTE = """
 The paper's protocol as far as it is known: 20 clients, 8 a round, 200 rounds of 10 local epochs, batch 32, step
 size 0.1, ResNet-8 at width 64 (ResNet-50 for ImageNet-LT). How its teachers are asked, which web images are used
 and how many, and the rounds on ImageNet-LT are our reading. At laptop and medium scale with CIFAR-10 the MLLM and
-CLIP are stand-ins that learned these classes from CIFAR images. **At medium scale about five of six of those are the
-clients' own, and the pool shares 359 to 389 images with the clients**: rows with a teacher or a pool flatter there. The
+CLIP are stand-ins that learned these classes from CIFAR images. **At medium scale about five of six of the clients'
+images are among those, and the pool shares 359 to 389 images with the clients**: rows with a teacher or a pool flatter there. The
 laptop's images are disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
 
 """

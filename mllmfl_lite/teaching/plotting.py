@@ -115,6 +115,7 @@ def learning_curves(histories: dict[str, list[list[dict]]], title: str, ax: Axes
     for method, of in histories.items():
         band(ax, of, *METHOD_STYLES.get(method, (method, "#000000", ".")))
     ax.set(title=title, xlabel="communication round", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     return ax
 
@@ -130,9 +131,10 @@ def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes |
         bars = ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
         ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     ax.set_xticks(positions, list(summaries))
+    ax.margins(y=0.1)
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="test accuracy (%)")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
