@@ -41,11 +41,11 @@ INTRODUCTION = """# Results
 Every figure that a run from a file has produced. `make results` writes this page from the files in `results/`; a test
 compares it with them.
 
-- **A figure** is top-1 on the whole test set in percent: the mean over a run's last ten tested rounds (laptop:
-  five), or that of the aligned model; then mean ± standard deviation over seeds. *head* and *tail* are the thirds
-  of the classes with the most and the fewest images.
-- **Time** is what the rounds of one seed took, in the mean, without stages 1 and 3: here on one core of two that were
-  both at work, and with other work beside them at times. Figures with stage 3 are of one aligned model.
+- **A figure** is top-1 on the whole test set in percent. For a run without stage 3 it is the mean over the last ten
+  tested rounds (laptop: five). With stage 3 it is that of the aligned model. Then follow mean ± standard deviation
+  over seeds. *head* and *tail* are the thirds of the classes with the most and the fewest images.
+- **Time** is the mean time of one seed's rounds, without stages 1 and 3. The runs had one of two cores; both were at
+  work, at times with other work beside.
 - **Others' figures** stand before our tables, never in them: models, teachers, web images and budgets differ.
 - **What ours say** is read in [chapter 6](../notebooks/06_three_stages_together.ipynb), beside controls and paired
   tests. With stand-ins that know these classes, they do not test the paper's claim.
@@ -54,19 +54,21 @@ compares it with them.
 
 """
 NOTE = """
-The paper's protocol as far as it is known: 20 clients, 8 a round, 200 rounds of 10 local epochs, batch 32, step
-size 0.1, ResNet-8 at width 64 (ResNet-50 for ImageNet-LT). How its teachers are asked, which web images are used
-and how many, and the rounds on ImageNet-LT are our reading. At laptop and medium scale with CIFAR-10 the MLLM and
-CLIP are stand-ins that learned these classes from CIFAR images. **At medium scale about five of six of the clients'
-images are among those, and the pool shares 359 to 389 images with the clients**: rows with a teacher or a pool flatter there. The
-laptop's images are disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
+The paper's protocol as far as it is known has 20 clients, 8 a round, and 200 rounds of 10 local epochs. Batches hold
+32 images, the step size is 0.1, the model is ResNet-8 at width 64 (ResNet-50 for ImageNet-LT). The rest is our
+reading: how the teachers are asked, which web images are used and how many, and the rounds on ImageNet-LT. At laptop and
+medium scale with CIFAR-10 the MLLM and CLIP are stand-ins that learned these classes from CIFAR images.
+
+**The medium tables leak.** About five of six of the clients' images are among those that the stand-ins learned from. The
+pool shares 359 to 389 images with the clients. So rows with a teacher or a pool flatter there. The laptop's images are
+disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
 
 """
 NOT_RUN = """## Not run yet
 
-What it takes, with three seeds each and what runs share done once. Hours are **estimates** for one H100: operations,
-counted, over rates that no run has checked; CReFF's and CLIP2FL's servers are left out. `make sweep SCALE=paper
-RUN=cifar10_lt_if100` runs a line, with `PLAN=1` it says more.
+Hours are **estimates** for one H100 and three seeds; what runs share counts once. They are counted operations over rates
+that no run has checked. CReFF's and CLIP2FL's servers are left out. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs
+the methods of `notebooks/runs/methods`; with `PLAN=1` it says more.
 
 """
 
