@@ -56,19 +56,19 @@ compares it with them.
 NOTE = """
 The paper's protocol as far as it is known has 20 clients, 8 a round, and 200 rounds of 10 local epochs. Batches hold
 32 images, the step size is 0.1, the model is ResNet-8 at width 64 (ResNet-50 for ImageNet-LT). The rest is our
-reading: how the teachers are asked, which web images are used and how many, and the rounds on ImageNet-LT. At laptop and
-medium scale with CIFAR-10 the MLLM and CLIP are stand-ins that learned these classes from CIFAR images.
+reading: how the teachers are asked, which web images are used and how many, and the rounds on ImageNet-LT. At laptop
+and medium scale with CIFAR-10 the MLLM and CLIP are stand-ins that learned these classes from CIFAR images.
 
-**The medium tables leak.** About five of six of the clients' images are among those that the stand-ins learned from. The
-pool shares 359 to 389 images with the clients. So rows with a teacher or a pool flatter there. The laptop's images are
-disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
+**The medium tables leak.** About five of six of the clients' images are among those that the stand-ins learned from.
+The pool shares 359 to 389 images with the clients. So rows with a teacher or a pool flatter there. The laptop's
+images are disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
 
 """
 NOT_RUN = """## Not run yet
 
-Hours are **estimates** for one H100 and three seeds; what runs share counts once. They are counted operations over rates
-that no run has checked. CReFF's and CLIP2FL's servers are left out. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs
-the methods of `notebooks/runs/methods`; with `PLAN=1` it says more.
+Hours are **estimates** for one H100 and three seeds; what runs share counts once. They are counted operations over
+rates that no run has checked. CReFF's and CLIP2FL's servers are left out. `make sweep SCALE=paper RUN=cifar10_lt_if100`
+runs the methods of `notebooks/runs/methods`; with `PLAN=1` it says more.
 
 """
 
