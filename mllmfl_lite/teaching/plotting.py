@@ -33,24 +33,14 @@ def use_style() -> None:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell and plt.get_backend().lower() == "agg":
         shell.run_line_magic("matplotlib", "inline")
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7.2, 3.4),
-            "figure.dpi": 110,
-            "savefig.facecolor": "white",
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#dddddd",
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-        }
-    )
+    plt.rc("figure", figsize=(7.2, 3.4), dpi=110)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("savefig", facecolor="white")
+    plt.rc("font", size=10)
+    plt.rc("axes", titlesize=11, titleweight="bold", titlelocation="left", grid=True, axisbelow=True)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="#dddddd")
+    plt.rc("legend", frameon=False)
 
 
 def colours_by_group(counts: np.ndarray) -> list[str]:
