@@ -1,7 +1,7 @@
 """The rounds on several machines as a Flower app: each node is a client, the server runs `run_experiment`.
 
 Nodes run `client_step` as threads of one process do, so the same experiment gives the same weights, bit for bit. What
-can be set stands in `pyproject.toml`; how to start everything stands in `book/how_to_run.md`.
+can be set stands in `pyproject.toml`; how to start everything stands in `book/operations.md`.
 """
 
 from __future__ import annotations
