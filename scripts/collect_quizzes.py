@@ -1,4 +1,4 @@
-"""Write what `book/for_teachers.md` takes from the chapters: what each needs, how long it runs, its questions with answers.
+"""Write what `book/for_teachers.md` takes from the chapters: needs, running times, questions with their answers.
 
     make quizzes
 

@@ -67,3 +67,18 @@ def test_the_teachers_page_sorts_every_exercise_once():
     cells = "\n".join(cell for chapter in CHAPTERS for cell in prose(chapter))
     labels = re.findall(r"\{exercise-start\}\n:label: (ex-[\w-]+)", cells)
     assert sorted(re.findall(r"<(ex-[\w-]+)>`", PAGE.read_text(encoding="utf-8"))) == sorted(labels)
+
+
+def test_the_teachers_page_names_sections_that_exist():
+    titles = {chapter.name.split("_")[0].lstrip("0"): "\n".join(prose(chapter)) for chapter in CHAPTERS}
+    named = re.findall(r'chapter (\d+),[^|"]*"([^"]+)"', PAGE.read_text(encoding="utf-8"))
+    assert len(named) >= 3
+    assert [pair for pair in named if f"## {pair[1]}\n" not in titles[pair[0]]] == []
+
+
+@every_chapter
+def test_the_check_has_a_solution_behind_a_click(chapter):
+    """On the page, where nothing runs, the solution is one click away."""
+    opened = '<details class="answer"><summary>'
+    assert sum(cell.startswith(f"{opened}Solution</summary>\n\n") for cell in prose(chapter)) == 1
+    assert "\n".join(prose(chapter)).count("<details") == "\n".join(prose(chapter)).count("</details>")
