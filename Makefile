@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser lock outputs annotations tables harness bench-peers
+MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench-peers
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -144,6 +144,10 @@ results: $(INSTALLED)  ## write book/results.md from the results files
 outputs: $(EXECUTED)
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
 	@touch $(EXECUTED)  # they are the newer ones still
+
+# Collects the chapters' questions into the teachers' page, after editing one.
+quizzes: $(INSTALLED)
+	@$(BIN)/python scripts/collect_quizzes.py
 
 # Writes the stand-in's annotations of the web pool anew, to the same bytes.
 annotations: $(INSTALLED)

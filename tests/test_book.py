@@ -150,6 +150,21 @@ def test_a_solution_opens(browser, site):
         code.wait_for(state="visible", timeout=3000)
 
 
+def test_an_option_shows_its_feedback_by_mouse_and_by_keyboard(browser, site):
+    with Visit(browser, site + "notebooks/01_long_tailed_clients.html") as visit:
+        options = visit.page.locator("#five-questions details.option")
+        for number in (0, 1):
+            feedback, summary = options.nth(number).locator("b").first, options.nth(number).locator("summary")
+            assert not feedback.is_visible()
+            if number == 0:
+                summary.click()
+            else:
+                summary.focus()
+                visit.page.keyboard.press("Enter")
+            feedback.wait_for(state="visible", timeout=3000)
+            assert feedback.inner_text() in ("Right.", "Wrong.")
+
+
 def test_search_finds_a_term(browser, site):
     with Visit(browser, site + "search.html?q=dirichlet") as visit:
         visit.page.wait_for_selector("#search-results li", timeout=10_000)
