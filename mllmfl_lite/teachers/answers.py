@@ -18,8 +18,7 @@ from mllmfl_lite.repro import progress_bar, write_atomically
 from mllmfl_lite.teachers.base import Images, Teacher
 
 CHUNK = 1024  # images a file, at most
-HALF, SINGLE = torch.float16, torch.float32
-KEPT = {"features": HALF, "tokens": HALF, "class_logits": SINGLE, "class_probabilities": SINGLE}
+KEPT = {"tokens": torch.float16, "class_logits": torch.float32, "class_probabilities": torch.float32}
 
 
 class PoolLabels:
@@ -35,7 +34,7 @@ class PoolLabels:
 
 
 class StoredAnswers:
-    """A teacher's features, tokens or class scores of a data set, read by index: ``stored[indices]`` -> (B, ...).
+    """A teacher's tokens or class scores of a data set, read by index: ``stored[indices]`` -> (B, ...).
 
     A file holds up to 1,024 images and is written atomically, so a killed run resumes. Its name ends in a checksum of
     content, images, model and question, so neither damaged answers nor another model's are read. `what` is one of

@@ -68,11 +68,8 @@ def load_clip(
 ) -> ClipTeacher:
     """Load a CLIP by open_clip, from this machine: nothing is downloaded.
 
-    Args:
-        name: the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
-        pretrained: open_clip's tag, or a file of weights. It may follow the name: ``"ViT-B-32-quickgelu:openai"``.
-        device: see `pick_device`.
-        batch_size: images at a time.
+    `name` is the bundled stand-in ``"tiny_clip"``, a folder with ``open_clip_config.json``, or an open_clip name.
+    `pretrained` is open_clip's tag, or a file of weights; it may follow the name: ``"ViT-B-32-quickgelu:openai"``.
 
     Raises:
         ValueError: no such model, or its weights are not here or do not fit.
@@ -87,8 +84,9 @@ def load_clip(
         where, tag = (name, pretrained) if pretrained else name.partition(":")[::2]
         settings = str(open_clip.get_model_config(where))
     logging.getLogger("open_clip").setLevel(logging.ERROR)
-    places = "a folder with open_clip_config.json and weights, or an open_clip name and tag"
-    advice = f"Give {places} with weights in the Hugging Face cache"
+    advice = (
+        "Give a folder with open_clip_config.json and weights, or a name and tag whose weights are in the hub's cache"
+    )
     with loading(f"the CLIP {name!r} (setting `clip`) cannot be loaded", advice):
         if tag is not None:
             _require_weights(where, tag, open_clip.get_pretrained_cfg(where, tag))

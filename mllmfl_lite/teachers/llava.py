@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -60,11 +60,6 @@ class MllmTeacher(Teacher):
             return torch.cat([tokens[:, start:] for tokens in chosen], dim=-1)
 
         return self._each_batch(images, work)
-
-    def features(self, images: Images) -> Tensor:
-        """The mean over the patch tokens, of unit length, float32 (N, D)."""
-        pooled = self.tokens(images).mean(1)
-        return pooled / pooled.norm(dim=1, keepdim=True)
 
     def chat(self, prompt: str) -> str:
         """A prompt about one image in the form that the model was trained on."""
@@ -135,11 +130,8 @@ class MllmTeacher(Teacher):
 def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto", batch_size: int = 64) -> MllmTeacher:
     """Load a LLaVA by transformers, from this machine: nothing is downloaded, code from its folder never runs.
 
-    Args:
-        name: the bundled stand-in ``"tiny_llava"``, a folder, or a hub name such as ``"llava-hf/llava-1.5-7b-hf"``.
-        device: see `pick_device`.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: what the weights were saved in.
-        batch_size: images at a time.
+    `name` is the bundled stand-in ``"tiny_llava"``, a folder, or a hub name such as ``"llava-hf/llava-1.5-7b-hf"``.
+    `dtype` is ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the weights were saved in.
 
     Raises:
         ValueError: it is not here, is no such model, lacks weights or a setting, or asks to run its own code.
@@ -150,28 +142,20 @@ def load_mllm(name: str = "tiny_llava", device: str = "auto", dtype: str = "auto
     who = f"the MLLM {name!r} (setting `mllm`)"
     folder = _find(name, who)
     settings = read_settings(folder)
-    model, processor = _load(who, folder, dtype)
-    _require_settings(folder, model, processor)
-    teacher = MllmTeacher(name, model, processor, place, batch_size=batch_size, settings=settings)
+    teacher = MllmTeacher(name, *_load(who, folder, dtype), place, batch_size=batch_size, settings=settings)
     _ask_once(folder, teacher)
     return teacher
 
 
 def _find(name: str, who: str) -> Path:
     """The folder of a model, or of its snapshot in the Hugging Face cache."""
-    folder, advice = Path(name), "add it, as the model's authors give it"
+    folder, fetch = Path(name), f"fetch it once on a connected machine: hf download {name}"
     if not folder.is_dir():
-        advice = f"fetch it once on a connected machine: hf download {name}"
-        try:
-            found = try_to_load_from_cache(name, "config.json")
-        except ValueError as error:
-            raise ValueError(f"{who} is no folder and no hub name ({error})") from error
-        if not isinstance(found, str):
-            raise ValueError(f"{who} is no folder, nor in the hub's cache; {advice}")
-        folder = Path(found).parent
+        with loading(f"{who} is no folder and no hub name with files in the cache; {fetch}"):
+            folder = Path(snapshot_download(name, local_files_only=True))
     for files in NEEDED:
         if not any(path for pattern in files.split(" or ") for path in folder.glob(pattern)):
-            raise ValueError(f"{who} has no {files} in {folder}; {advice}")
+            raise ValueError(f"{who} has no {files} in {folder}; take it from the model's authors, or {fetch}")
     return folder
 
 
@@ -197,37 +181,31 @@ def _load(who: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     model, report = loaded
     wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
     if wrong:
-        raise ValueError(
-            f"the weights in {folder} lack {len(wrong)} of those that config.json asks for, or have them in another "
-            f"size: {', '.join(wrong)[:300]}; take both from the same place"
-        )
+        lost = ", ".join(wrong)[:300]
+        raise ValueError(f"the weights in {folder} lack, or have in another size than config.json asks for: {lost}")
     return model, processor
 
 
-def _require_settings(folder: Path, model: Any, processor: Any) -> None:
-    """Raise `ValueError` if a setting is absent without which the model fails later, inside."""
-    tokenizer = getattr(processor, "tokenizer", None)
+def _ask_once(folder: Path, teacher: MllmTeacher) -> None:
+    """Raise `ValueError` if a setting is absent, or a question has not as many places as an image has visual tokens."""
+    config, tokenizer = teacher.model.config, getattr(teacher.processor, "tokenizer", None)
     wanted = {
-        "patch_size in processor_config.json": getattr(processor, "patch_size", None),
-        "chat_template (chat_template.jinja, or in processor_config.json)": getattr(processor, "chat_template", None),
-        "eos_token_id in generation_config.json": model.generation_config.eos_token_id,
+        "patch_size in processor_config.json": getattr(teacher.processor, "patch_size", None),
+        "chat_template in chat_template.jinja": getattr(teacher.processor, "chat_template", None),
+        "eos_token_id in generation_config.json": teacher.model.generation_config.eos_token_id,
         "eos_token in tokenizer_config.json": getattr(tokenizer, "eos_token_id", None),
         "pad_token in tokenizer_config.json": getattr(tokenizer, "pad_token_id", None),
-        "image_token_index in config.json": getattr(model.config, "image_token_index", None),
+        "image_token_index in config.json": getattr(config, "image_token_index", None),
     }
     if absent := [key for key, value in wanted.items() if value is None]:
         raise ValueError(f"{folder} has no {'; no '.join(absent)}; add it, as the model's authors give it")
-
-
-def _ask_once(folder: Path, teacher: MllmTeacher) -> None:
-    """Raise `ValueError` if a question about an image has not as many places as the image has visual tokens."""
-    image, index = [Image.new("RGB", (64, 64))], teacher.model.config.image_token_index
     files = "processor_config.json, chat_template.jinja and config.json (vision_feature_layer)"
     with loading(f"{folder} cannot be asked about an image", f"Compare {files} with those of the model's authors"):
-        places, given = teacher.question_ids("What is it?").count(index), teacher.tokens(image).shape[1]
+        places = teacher.question_ids("What is it?").count(config.image_token_index)
+        given = teacher.tokens([Image.new("RGB", (64, 64))]).shape[1]
     if places != given:
         raise ValueError(
             f"{folder}: a question has {places} places for {given} visual tokens. Correct patch_size, "
             "num_additional_image_tokens or vision_feature_select_strategy in processor_config.json, or "
-            "vision_feature_select_strategy or image_token_index in config.json"
+            "image_token_index in config.json"
         )

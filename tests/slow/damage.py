@@ -52,7 +52,7 @@ def readers(out: Path, images: Path) -> dict[str, Callable[[Path], object]]:
         return found.names, sha256_arrays(t.numpy() for t in found.state_dict().values())
 
     def features(path: Path) -> object:
-        return StoredAnswers(mllm, "features", mini, out / "features")[np.arange(40)].tobytes()
+        return StoredAnswers(mllm, "tokens", mini, out / "features")[np.arange(40)].tobytes()
 
     def answers(path: Path) -> object:
         return StoredAnswers(mllm, "class_probabilities", pool, out / "answers", names)[np.arange(len(pool))].tobytes()
