@@ -20,11 +20,9 @@ import torch
 from mllmfl_lite.data import load_images
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import count_cores
-from mllmfl_lite.stages.pretrain import pretrain
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
 from mllmfl_lite.stages.records import bundled_annotations
-from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers.llava import load_mllm
 
 PICTURES = 320

@@ -21,11 +21,9 @@ from mllmfl_lite.models import build_model, save_model, with_head
 from mllmfl_lite.repro import Execution
 from mllmfl_lite.runs.results import provenance, save_result
 from mllmfl_lite.stages.mixture import CompactEncoder, FrozenReader, TextBatch, mixed_loss
-from mllmfl_lite.stages.pretrain import pretrain
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
 from mllmfl_lite.stages.records import bundled_annotations
-from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers.llava import load_mllm
 
 KIND = "detailed_description"

@@ -9,7 +9,7 @@ import pytest
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.runs import Experiment
 from mllmfl_lite.stages.align import AlignSettings
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
 
 FLOWER = Path(__file__).parent.parent / "flower"
 sys.path.append(str(FLOWER))

@@ -16,7 +16,7 @@ from mllmfl_lite.runs import needs as module
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.plan import RATES, estimate, image_operations, in_words, total_hours
 from mllmfl_lite.stages.align import AlignSettings
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
 from mllmfl_lite.teaching.compare import reported
 
 ROOT = Path(__file__).parent.parent

@@ -34,11 +34,10 @@ from mllmfl_lite.stages.mixture import (
     mixed_loss,
     new_encoder,
 )
+from mllmfl_lite.stages.pretrain import PretrainSettings
 from mllmfl_lite.stages.pretrain import pretrain as run_pretraining
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
 from mllmfl_lite.stages.records import bundled_annotations, read_records
-from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import load_prompts
 
@@ -566,11 +565,9 @@ from accelerate import PartialState
 from mllmfl_lite.data import load_images
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import Execution
-from mllmfl_lite.stages.pretrain import pretrain
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
 from mllmfl_lite.stages.records import bundled_annotations
-from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers.llava import load_mllm
 
 torch.set_num_threads(1)

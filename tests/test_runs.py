@@ -35,7 +35,7 @@ from mllmfl_lite.runs.parts import initial_model, make_method
 from mllmfl_lite.runs.results import result_path
 from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import AlignSettings
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
 from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.teachers.clip import ClipTeacher
 

@@ -14,7 +14,7 @@ from mllmfl_lite.data.reserved import RESERVED_POOL
 from mllmfl_lite.federated import METHODS, FedSettings
 from mllmfl_lite.repro import nested, settings_class
 from mllmfl_lite.stages.align import AlignSettings
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
+from mllmfl_lite.stages.pretrain import PretrainSettings
 
 BUNDLED_POOL = "cifar10_mini"
 OF_STAGE = {"pretrain": 1, "start": 1, "annotations": 1, "kind": 1, "pixels": 1, "align": 3}  # used by it alone

@@ -23,8 +23,7 @@ from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.stages.filters import filter_records
 from mllmfl_lite.stages.pretrain import pretrain
 from mllmfl_lite.stages.records import Record, bundled_annotations, read_records
-from mllmfl_lite.stages.texts import read_texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers import load_mllm
 from mllmfl_lite.teachers.llava import MllmTeacher
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import open_batches
-from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import CompactModel, distillation
 from mllmfl_lite.repro import all_finite, pick_device, settings_class, torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
@@ -74,7 +73,10 @@ def align(
         ValueError: the set's classes are not the model's, or loss or weights are no longer finite.
     """
     settings, device = settings or AlignSettings(), pick_device(device)
-    _require_same_classes(model, server_set.images)
+    classes = server_set.images.num_classes
+    if classes != model.head.out_features:
+        raise ValueError(f"the server set has {classes} classes, the model's head {model.head.out_features}")
+    server_set.images.require_same_classes(model)
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     weights = list((model if settings.part == "all" else model.head).parameters())
     optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
@@ -86,16 +88,18 @@ def align(
         parts = torch.randperm(len(batches), generator=generator).to(device).split(settings.batch_size)
         total = 0.0
         for step, (part, x) in enumerate(zip(parts, batches.stream(parts, generator), strict=True), 1):
-            answers = (batches.labels[part], probabilities[part])
-            loss = alignment_loss(_logits(model, x), *answers, settings.beta, settings.temperature)
+            y, q = batches.labels[part], probabilities[part]
+            loss = alignment_loss(_logits(model, x), y, q, settings.beta, settings.temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(part)
             if not math.isfinite(total):
-                raise _diverged(f"loss of step {step} in epoch {epoch} is", settings)
+                raise ValueError(
+                    f"the loss of step {step} in epoch {epoch} is not finite; lower lr (it is {settings.lr})"
+                )
         if not all_finite(model.state_dict().values()):
-            raise _diverged(f"weights after epoch {epoch} are", settings)
+            raise ValueError(f"the weights after epoch {epoch} are not finite; lower lr (it is {settings.lr})")
         history.append({"epoch": epoch, "loss": total / len(batches)})
         schedule.step()
     return Aligned(model, history)
@@ -106,16 +110,3 @@ def _logits(model: CompactModel, x: Tensor) -> Tensor:
         return model(x)
     except ValueError as error:  # of BatchNorm
         raise ValueError(f"a batch of {len(x)} images is too small ({error}); change batch_size") from error
-
-
-def _diverged(what: str, settings: AlignSettings) -> ValueError:
-    return ValueError(f"the {what} not finite; lower lr (it is {settings.lr})")
-
-
-def _require_same_classes(model: CompactModel, images: ImageSet) -> None:
-    if images.num_classes != model.head.out_features:
-        raise ValueError(
-            f"the server set has {images.num_classes} classes, the model's head {model.head.out_features}; draw the "
-            "set for the clients' class names"
-        )
-    images.require_same_classes(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from mllmfl_lite.teachers.prompts import KINDS, load_prompts, prompt_hash
 SAVE_REJECTED = 10.0  # seconds between two writes of the list of rejected images
 PACE = 20  # answers after which a run says how long it takes
 LETTERS = 4  # a token, roughly
-LIMITS = {"server": 5, "request": 20, "tokens": 20}  # refusals of the same kind in a row that end a run
+IN_A_ROW = 5  # failures of the server that end a run
 
 
 @dataclass
@@ -92,8 +91,8 @@ class _Run:
         self.wanted = {q: bool(entry) for q, entry in found.items() if not entry or entry.last}  # True: asked last
         self.skipped = len(found) - len(self.wanted)
         self.started, self.written, self.characters = time.monotonic(), 0, 0
-        self.streak: list[Question] = []  # those that fail now, all in the same way
-        self.way = self.reason = self.stopped = ""
+        self.streak: list[Question] = []  # those at which the server fails now
+        self.reason = self.stopped = ""
 
     def _rejection(self, question: Question) -> Rejection | None:
         """Why it need not be asked now: it was rejected by the same model, for the same prompt and no fewer tokens."""
@@ -113,8 +112,7 @@ class _Run:
             self._ask()
             write_rejected(self.list, self.rejected)
         except BaseException as error:
-            if self.way == "server":
-                self._ask_last()
+            self.rejected |= {q.key: replace(self.rejected[q.key], last=True) for q in self.streak}
             with contextlib.suppress(OSError):
                 write_rejected(self.list, self.rejected)
             if not isinstance(error, (ValueError, OSError)):
@@ -129,12 +127,14 @@ class _Run:
         with progress_bar(len(self.wanted), "texts", "annotating") as bar, contextlib.closing(answers):
             for question, answer in answers:
                 if question in self.wanted and question.key not in self.journal.done:
+                    if answer.fault not in ("server", "file") and not self.stopped:
+                        self.streak = []
                     (self._keep if answer.text else self._reject)(question, answer)
                     bar.update()
                 if time.monotonic() - saved > SAVE_REJECTED:
                     write_rejected(self.list, self.rejected)
                     saved = time.monotonic()
-        if self.way == "server" and not self.journal.done:
+        if self.streak and not self.journal.done:
             self.stopped = self.stopped or f"no request succeeded; the last failed so: {self.reason}"
         if self.stopped:
             raise ValueError(self.stopped)
@@ -159,7 +159,6 @@ class _Run:
         said = (answer.text, answer.finished, self._answerer(answer.model), prompt_hash(question.prompt))
         self.journal.append(Record(question.id, image, question.kind, *said, now))
         self.rejected.pop(question.key, None)
-        self.streak, self.way = [], ""
         self.written += 1
         self.characters += len(answer.text)
         left = len(self.wanted) / self.written - 1
@@ -168,25 +167,17 @@ class _Run:
             self.tell(f"{PACE} texts written; about {minutes:,.1f} minutes and {tokens:,.0f} tokens to go")
 
     def _reject(self, question: Question, answer: Answer) -> None:
-        """Enter it in the list; end the run if too many in a row fail in the same way."""
+        """Enter it in the list; end the run if the server fails too often in a row."""
         self.reason = answer.refusal
         if isinstance(self.pool.images, ImageFiles):  # no absolute paths
             for folder in (os.path.abspath(self.pool.images.root), os.path.realpath(self.pool.images.root)):
                 self.reason = self.reason.replace(os.path.join(folder, ""), "")
         tokens = self.backend.max_new_tokens if answer.fault == "tokens" else 0
         self.rejected[question.key] = Rejection(self.reason, self.backend.model, prompt_hash(question.prompt), tokens)
-        if answer.fault not in LIMITS or self.wanted[question]:
-            return
-        way = answer.fault if answer.fault == "server" else re.sub(r"\S*\d\S*", "", self.reason)
-        self.streak, self.way = [*(self.streak if way == self.way else []), question], way
-        if len(self.streak) >= LIMITS[answer.fault]:
-            self.stopped = f"{len(self.streak)} requests in a row failed in the same way, the last so: {self.reason}"
-        if self.stopped:
-            self._ask_last()
-
-    def _ask_last(self) -> None:
-        """Let those that fail now be asked once more, at the end of the next run."""
-        self.rejected |= {q.key: replace(self.rejected[q.key], last=True) for q in self.streak}
+        if answer.fault == "server" and not self.wanted[question]:
+            self.streak.append(question)
+            if len(self.streak) >= IN_A_ROW:
+                self.stopped = f"{IN_A_ROW} requests in a row failed in the same way, the last so: {self.reason}"
 
     def _answerer(self, says: str) -> str:
         """The model's name for a record; another one than in the file ends the run."""

@@ -68,10 +68,8 @@ def run(chosen: argparse.Namespace) -> int:
     try:
         write_json(Path(f"{chosen.out}.llava.json"), to_llava(result.kept, prompts, chosen.plain))
     except OSError as error:
-        raise ValueError(
-            f"{chosen.out}.llava.json cannot be written ({error.strerror or error}); all {len(summary.records)} "
-            f"records are in {chosen.out}.jsonl: make room and run the same command again"
-        ) from error
+        where = f"all {len(summary.records)} records are in {chosen.out}.jsonl: make room and run it again"
+        raise ValueError(f"{chosen.out}.llava.json cannot be written ({error.strerror or error}); {where}") from error
     print(f"records: {chosen.out}.jsonl\nLLaVA's format: {chosen.out}.llava.json")
     if warning := result.warning():
         print(f"warning: {warning}")

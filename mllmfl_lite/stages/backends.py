@@ -34,7 +34,7 @@ class Answer:
     finished: bool = True  #: False if it was cut off by the token limit or a content filter
     model: str = ""  #: who answered, if the server says so
     refusal: str = ""  #: why there is no text
-    fault: str = ""  #: whose the refusal is, ``"server"``, ``"request"`` or ``"tokens"``; empty for the image file's
+    fault: str = ""  #: whose the refusal is, ``"file"``, ``"server"``, ``"request"`` or ``"tokens"``
 
 
 Open = Callable[[str], Image.Image]
@@ -73,7 +73,7 @@ class TransformersBackend:
                     images.append(open_image(question.id))
                     asked.append(question)
                 except ValueError as error:
-                    yield question, Answer(refusal=str(error))
+                    yield question, Answer(refusal=str(error), fault="file")
             yield from zip(asked, self._answer_each(images, [q.prompt for q in asked]), strict=True)
 
     def _answer_each(self, images: Sequence, prompts: Sequence[str]) -> list[Answer]:

@@ -9,9 +9,10 @@ import re
 from urllib.parse import quote, unquote
 
 PIECE = 8  # characters
-_THOUGHT = re.compile(  # <think>, </think>, [THINK], ◁think▷ and their likes
-    r"<(/?)(?:think|thinking|thought|thoughts|reasoning|reason|reflection|seed:think)>|\[(/?)think\]|◁(/?)think▷", re.I
-)
+_NAMES = "think|thinking|thought|thoughts|reasoning|reason|reflection|seed:think"
+_END = rf"</(?:{_NAMES})>|\[/think\]|◁/think▷"
+_THOUGHT = re.compile(rf"(?:<(?:{_NAMES})>|\[think\]|◁think▷).*?(?:{_END}|\Z)", re.I | re.S)
+_THOUGHT_END = re.compile(_END, re.I)
 _WRAP = re.compile(r"</?(?:answer|response|output)>|<\|(?:begin|end)_of_(?:box|solution)\|>", re.I)
 _CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
 _LOGIN = re.compile(r"(?<=://)[^\s/?#]{1,1000}@")
@@ -30,18 +31,7 @@ def one_line(text: str) -> str:
 
 def without_thinking(text: str) -> str:
     """The text without what a model thinks before it answers; thoughts may lack their beginning or their end."""
-    kept: list[str] = []
-    start, thinks = 0, False
-    for tag in _THOUGHT.finditer(text):
-        if any(tag.groups()):  # an end; without a beginning, all before it was a thought
-            kept = kept if thinks else []
-            start, thinks = tag.end(), False
-        elif not thinks:
-            kept.append(text[start : tag.start()])
-            thinks = True
-    if not thinks:
-        kept.append(text[start:])
-    return _WRAP.sub("", "".join(kept)).strip()
+    return _WRAP.sub("", _THOUGHT_END.split(_THOUGHT.sub("", text))[-1]).strip()
 
 
 class Mask:

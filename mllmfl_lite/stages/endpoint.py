@@ -112,7 +112,7 @@ class EndpointBackend:
         try:
             picture = {"type": "image_url", "image_url": {"url": data_url(open_image(question.id), self.max_side)}}
         except ValueError as error:
-            return Answer(refusal=str(error))
+            return Answer(refusal=str(error), fault="file")
         message = {"role": "user", "content": [picture, {"type": "text", "text": question.prompt}]}
         attempt, answered = 0, self._answered
         while True:

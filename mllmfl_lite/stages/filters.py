@@ -58,10 +58,8 @@ class Filtered:
         if lost <= len(self.kept):
             return ""
         rule = (FILTERS[reason].__doc__ or "").strip() if reason in FILTERS else "CLIP finds it unlike its image."
-        return (
-            f"{lost} of {lost + len(self.kept)} texts were dropped, most as {reason!r} ({rule}), such as "
-            f"{records[0].text[:120]!r} about {records[0].id!r}. All texts are kept in the .jsonl file"
-        )
+        example = f"{records[0].text[:120]!r} about {records[0].id!r}"
+        return f"{lost} of {lost + len(self.kept)} texts were dropped, most as {reason!r} ({rule}), such as {example}"
 
 
 def filter_records(

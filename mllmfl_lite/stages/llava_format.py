@@ -83,10 +83,8 @@ def _between(text: str, cuts: Sequence[re.Match]) -> list[str]:
 def _trim(text: str) -> str:
     """Without blanks, rules (``===``) and a mark of bold type whose other half went with the label."""
     lines = text.strip().split("\n")
-    while lines and not lines[-1].strip("=-_* \t"):
-        lines.pop()
-    start = next((i for i, line in enumerate(lines) if line.strip("=-_* \t")), 0)
-    text = "\n".join(lines[start:]).strip()
+    kept = [i for i, line in enumerate(lines) if line.strip("=-_* \t")]
+    text = "\n".join(lines[kept[0] : kept[-1] + 1]).strip() if kept else ""
     for mark in ("**", "*", "_"):
         if text.endswith(mark) and text.count(mark) % 2:
             text = text[: -len(mark)].rstrip()

@@ -17,8 +17,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import numpy_generator, stable_seed
-from mllmfl_lite.stages.texts import Texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.stages.texts import Texts, Views
 from mllmfl_lite.teachers.llava import MllmTeacher
 
 START_IMAGES = 256  # used to initialise the projection

@@ -8,9 +8,11 @@ import math
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,12 +20,55 @@ from mllmfl_lite.checkpoint import RunFolder
 from mllmfl_lite.data.folders import find_unreadable
 from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import PRECISIONS, Execution, pick_device, progress_bar, sha256_arrays, torch_generator
-from mllmfl_lite.stages.mixture import FrozenReader, TextBatch, mixed_loss, new_encoder
-from mllmfl_lite.stages.pretrain_settings import PretrainSettings
-from mllmfl_lite.stages.texts import Texts
-from mllmfl_lite.stages.views import Views
+from mllmfl_lite.repro import Execution, pick_device, progress_bar, settings_class, sha256_arrays, torch_generator
+from mllmfl_lite.stages.mixture import FrozenReader, TextBatch, alpha_at, mixed_loss, new_encoder
+from mllmfl_lite.stages.texts import Texts, Views
 from mllmfl_lite.teachers.llava import MllmTeacher
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+
+
+@settings_class
+class PretrainSettings:
+    """Numbers of a pretraining run. Defaults are for the laptop; LLaVA's own stand in brackets."""
+
+    epochs: Count = 8  #: passes over the texts (1)
+    batch_size: Count = 16  #: texts a step, in each process (128 over all GPUs)
+    lr: Share = 2e-3  #: peak of AdamW's step size, after `warmup`; then half a cosine down (2e-3)
+    weight_decay: Weight = 0.05  #: AdamW's, of all weights, BatchNorm's scales as well (0)
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05  #: share of the steps in which the step size rises (0.03)
+    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"  #: of alpha, see `alpha_at`
+    ramp: Share = 0.2  #: share of the steps in which alpha rises
+    alpha_end: Share = 1.0  #: alpha's last value; below 1, clients would still need CLIP
+    language_weight: Weight = 1.0  #: of the language model's loss; 0 leaves feature distillation alone
+    feature_weight: Weight = 0.0  #: of the feature term, 1 - cosine
+    max_answer_tokens: Count = 128  #: longer answers are cut
+    order: Literal["length", "random"] = "length"  #: batches of texts of similar length, or random ones
+    augment: bool = True  #: crops and flips for the compact model; CLIP always sees the whole image
+    precision: Literal["float32", "bfloat16"] = "float32"  #: of the trained part; bfloat16 means autocast
+    gradient_checkpointing: bool = False  #: keep one tensor a layer of the LLM, compute the rest again, for less memory
+    checkpoint_every: Count = 200  #: steps between checkpoints
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> PretrainSettings:
+        if not self.language_weight + self.feature_weight:
+            raise ValueError("language_weight and feature_weight are both 0: there is nothing to learn from")
+        if self.alpha_end < 1:
+            warnings.warn(f"alpha ends at {self.alpha_end}, not at 1: clients would still need CLIP", stacklevel=4)
+        return self
+
+    def alpha(self, step: int, steps: int) -> float:
+        """The compact model's weight in a step."""
+        return alpha_at(step, steps, self.schedule, self.ramp, self.alpha_end)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate in a step: linear up, half a cosine down."""
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
 
 @dataclass(frozen=True)
@@ -82,10 +127,8 @@ class _Run:
 
     def _check(self, device: torch.device) -> None:
         if len({device.type, self.mllm.device.type, self.views.device.type}) > 1:
-            raise ValueError(
-                f"the compact model trains on {device}, the MLLM is on {self.mllm.device}, the views are on "
-                f"{self.views.device}; give all three the same device"
-            )
+            mllm = f"the compact model trains on {device}, the MLLM is on {self.mllm.device}"
+            raise ValueError(f"{mllm}, the views are on {self.views.device}; give all three the same device")
         image, counts = self.texts.image, np.bincount(self.texts.kind, minlength=1)
         if len(image) and image.max() >= len(self.views):
             raise ValueError(f"a text is about image {image.max()}, but there are only {len(self.views)} images")
@@ -158,10 +201,8 @@ class _Run:
             length = nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0).item()
         if not math.isfinite(length):
             images = ", ".join(self.texts.ids[i] for i in self.texts.image[rows])
-            raise ValueError(
-                f"the loss or gradient of step {step} is not finite; its images: {images:.2000}. Look at them, lower "
-                "lr, or use float32. This batch changed no weight; the checkpoint before it is good"
-            )
+            advice = "Look at them, lower lr, or use float32; the last checkpoint is good"
+            raise ValueError(f"the loss or gradient of step {step} is not finite; its images: {images:.2000}. {advice}")
         optimizer.step()
         optimizer.zero_grad()
         record = {"step": step, "alpha": round(alpha, 6), "loss": loss.item(), **parts}
@@ -174,7 +215,7 @@ class _Run:
         ids, labels = (t.to(device) for t in self.texts.tokens(rows, settings.max_answer_tokens))
         tokens = self.views.tokens(images) if alpha < 1 or settings.feature_weight > 0 else None
         batch = TextBatch(self.views.compact(images, generator if settings.augment else None), tokens, ids, labels)
-        with torch.autocast(device.type, PRECISIONS[settings.precision], enabled=settings.precision != "float32"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             return mixed_loss(trained, self.reader, alpha, batch, settings.language_weight, settings.feature_weight)
 
     def _save(self, folder: RunFolder, optimizer: Optimizer) -> None:

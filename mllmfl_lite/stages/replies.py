@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mllmfl_lite.stages.backends import Answer, read_text
 from mllmfl_lite.stages.cleaning import Mask, one_line
@@ -24,15 +25,14 @@ PASSES = (408, 409, 425)  # and 5xx: asked again
 _POLICY = re.compile(r"polic|safety|moderat|content.{0,9}filter|inappropriate", re.I)
 
 
+@dataclass(eq=False)
 class Problem(Exception):
-    """A request that failed: why, in the server's words, and whose fault it is."""
+    """A request that failed."""
 
-    def __init__(self, reason: str, fault: str, wait: float | None = None, advice: str = "see that it runs"):
-        super().__init__(reason)
-        self.reason = reason
-        self.fault = fault  #: as in `Answer`; ``"run"`` if no request can succeed
-        self.wait = wait  #: seconds until it may be sent again, 0 if nobody says, None for never
-        self.advice = advice  #: what to do if it stays
+    reason: str  #: in the server's words
+    fault: str  #: as in `Answer`; ``"run"`` if no request can succeed
+    wait: float | None = None  #: seconds until it may be sent again, 0 if nobody says, None for never
+    advice: str = "see that it runs"  #: what to do if it stays
 
 
 class Reader:

@@ -39,29 +39,22 @@ def draw_server_set(pool: ImageSet, probabilities: Tensor, names: Sequence[str],
     if per_class < 1:
         raise ValueError(f"per_class is the images of each class, at least 1; got {per_class}")
     if probabilities.shape != (len(pool), len(names)) or not len(pool):
-        raise ValueError(
-            f"probabilities must be (images, classes) = ({len(pool)}, {len(names)}), with at least one image; "
-            f"they are {tuple(probabilities.shape)}"
-        )
+        wanted = f"({len(pool)}, {len(names)}), with at least one image"
+        raise ValueError(f"probabilities must be (images, classes) = {wanted}; they are {tuple(probabilities.shape)}")
     if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-3).all()):  # NaN is neither
         raise ValueError("each row of probabilities must be a distribution; take them from class_probabilities")
     confidence, label = (values.numpy() for values in probabilities.max(1))
     decided = (probabilities == probabilities.amax(1, keepdim=True)).sum(1).numpy() == 1
     if not decided.any():
-        raise ValueError(
-            f"the teacher prefers no class for any of the {len(pool)} images; choose another teacher, or a pool with "
-            f"images of {', '.join(names):.200}"
-        )
+        wanted = ", ".join(names)[:200]
+        raise ValueError(f"the teacher prefers no class for any of the {len(pool)} images; find images of {wanted}")
     order = np.argsort(-confidence, kind="stable")
     by_class = [order[(label[order] == c) & decided[order]][:per_class] for c in range(len(names))]
     short = {name: len(rows) for name, rows in zip(names, by_class, strict=True) if len(rows) < per_class}
     if short:
         listed = ", ".join(f"{name} ({count})" for name, count in short.items())
-        warnings.warn(
-            f"the pool has fewer than {per_class} images of {len(short)} of {len(names)} classes: {listed}; the set is "
-            "not balanced there. Use a larger pool or fewer images a class",
-            stacklevel=2,
-        )
+        few = f"fewer than {per_class} images of {len(short)} of {len(names)} classes"
+        warnings.warn(f"the pool has {few}: {listed}; use a larger pool or fewer images a class", stacklevel=2)
     rows = np.sort(np.concatenate(by_class))
     origin = f"{pool.origin}, chosen"
     images = replace(pool.subset(rows), labels=label[rows], names=names, origin=origin)  # type: ignore[arg-type]

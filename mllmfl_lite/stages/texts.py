@@ -1,18 +1,23 @@
-"""Annotations as token ids, in batches, for the language model of stage 1."""
+"""What stage 1 learns from: annotations as token ids, and what each model is shown of the images."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mllmfl_lite.repro import numpy_generator
+from mllmfl_lite.data.batches import open_batches
+from mllmfl_lite.data.images import ImageFiles, ImageSet
+from mllmfl_lite.repro import numpy_generator, pick_device
 from mllmfl_lite.stages.records import Record
+from mllmfl_lite.teachers.answers import StoredAnswers
 from mllmfl_lite.teachers.llava import MllmTeacher
 from mllmfl_lite.teachers.prompts import load_prompts, prompt_hash
 
@@ -78,10 +83,8 @@ def read_texts(
     if not records:
         raise ValueError("there is no text to learn from: the annotation file is empty, or filters took every record")
     if missing := [record.id for record in records if record.id not in place]:
-        raise ValueError(
-            f"{len(missing)} of {len(records)} records are about images that are not in the pool, such as "
-            f"{missing[0]!r}; use the pool that was annotated (here: {len(place)}, from {next(iter(place), None)!r} on)"
-        )
+        strange = f"{len(missing)} of {len(records)} records are about images that are not in the pool"
+        raise ValueError(f"{strange}, such as {missing[0]!r}; use the pool that was annotated")
     kinds = sorted({record.kind for record in records})
     if unknown := [kind for kind in kinds if kind not in prompts]:
         raise ValueError(f"there is no prompt for records of kind {unknown[0]!r}; prompts: {', '.join(prompts)}")
@@ -96,3 +99,31 @@ def read_texts(
         [mllm.answer_ids(record.text) for record in records],
         list(ids),
     )
+
+
+class Views:
+    """Views of a pool's images, in memory or in files.
+
+    `folder` caches the tokens of the MLLM's vision tower; "" computes them each time. Those of images in files are not
+    stored: LLaVA-1.5's tokens of 595,000 images are 700 GB. `device`: where the compact model trains.
+    """
+
+    def __init__(self, pool: ImageSet, mllm: MllmTeacher, folder: str | Path = "", device: torch.device | str = "cpu"):
+        self.pool, self.mllm, self.device = pool, mllm, pick_device(device)
+        self._batches = open_batches(pool, self.device)
+        stored = folder and not isinstance(pool.images, ImageFiles)
+        self._stored = StoredAnswers(mllm, "tokens", pool, folder) if stored else None
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def compact(self, indices: np.ndarray, generator: torch.Generator | None) -> Tensor:
+        """For the compact model: float (B, 3, H, W), normalised; cropped and flipped if there is a generator."""
+        rows = torch.from_numpy(indices).to(self.device)
+        return self._batches.augmented(rows, generator) if generator else self._batches.plain(rows)
+
+    def tokens(self, indices: np.ndarray) -> Tensor:
+        """For the MLLM's projector: float (B, P, D)."""
+        if self._stored:
+            return torch.from_numpy(self._stored[indices])
+        return self.mllm.tokens(cast(Sequence, self.pool.subset(indices).images))

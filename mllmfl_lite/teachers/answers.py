@@ -56,8 +56,6 @@ class StoredAnswers:
         self._open: dict[int, np.ndarray] = {}
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        if not len(indices):
-            return torch.empty(0, dtype=KEPT[self.what]).numpy()
         low, high = np.min(indices), np.max(indices)
         if low < 0 or high >= len(self.data):
             raise ValueError(f"indices must lie in 0..{len(self.data) - 1}; these run from {low} to {high}")

@@ -166,17 +166,11 @@ def _load(who: str, folder: Path, dtype: str) -> tuple[Any, Any]:
 
     if not shows_progress():
         bars.disable_progress_bar()
-    files = "processor_config.json, preprocessor_config.json and the tokenizer's files"
-    with loading(f"{who} cannot load its processor ({files})"):
+    named_below = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    with loading(f"{who} cannot be loaded from {folder}"):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    with loading(f"{who} cannot load its weights by its config.json"):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # named below
-            output_loading_info=True,
+            folder, trust_remote_code=False, dtype=dtype, use_safetensors=True, **named_below
         )
     model, report = loaded
     wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]

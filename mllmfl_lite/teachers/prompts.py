@@ -18,12 +18,9 @@ def load_prompts(folder: str | Path | None = None) -> dict[str, str]:
         prompts = {path.stem: path.read_text(encoding="utf-8-sig").strip() for path in sorted(folder.glob("*.txt"))}
     except UnicodeDecodeError as error:
         raise ValueError(f"a prompt in {folder} is not UTF-8 text ({error}); save it again as UTF-8") from error
-    empty = [kind for kind, prompt in prompts.items() if not prompt]
-    if empty or not prompts:
-        found = f"empty: {', '.join(empty)}" if empty else "it holds none"
-        raise ValueError(
-            f"{folder} must hold a text file for each kind ({', '.join(KINDS)}), none of them empty; {found}"
-        )
+    if not prompts or not all(prompts.values()):
+        found = f"it holds {prompts}" if prompts else "it holds none"
+        raise ValueError(f"{folder} must hold a text file for each kind of text, none of them empty; {found:.200}")
     return prompts
 
 
