@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import open_batches
+from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.models import CompactModel, distillation
 from mllmfl_lite.repro import all_finite, pick_device, settings_class, torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
@@ -73,10 +74,7 @@ def align(
         ValueError: the set's classes are not the model's, or loss or weights are no longer finite.
     """
     settings, device = settings or AlignSettings(), pick_device(device)
-    classes = server_set.images.num_classes
-    if classes != model.head.out_features:
-        raise ValueError(f"the server set has {classes} classes, the model's head {model.head.out_features}")
-    server_set.images.require_same_classes(model)
+    _require_same_classes(model, server_set.images)
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     weights = list((model if settings.part == "all" else model.head).parameters())
     optimizer = torch.optim.SGD(weights, settings.lr, settings.momentum)
@@ -110,3 +108,9 @@ def _logits(model: CompactModel, x: Tensor) -> Tensor:
         return model(x)
     except ValueError as error:  # of BatchNorm
         raise ValueError(f"a batch of {len(x)} images is too small ({error}); change batch_size") from error
+
+
+def _require_same_classes(model: CompactModel, images: ImageSet) -> None:
+    if images.num_classes != model.head.out_features:
+        raise ValueError(f"the server set has {images.num_classes} classes, the model's head {model.head.out_features}")
+    images.require_same_classes(model)

@@ -84,9 +84,7 @@ def load_clip(
         where, tag = (name, pretrained) if pretrained else name.partition(":")[::2]
         settings = str(open_clip.get_model_config(where))
     logging.getLogger("open_clip").setLevel(logging.ERROR)
-    advice = (
-        "Give a folder with open_clip_config.json and weights, or a name and tag whose weights are in the hub's cache"
-    )
+    advice = "Give a folder with open_clip_config.json and weights, or a name and tag with weights in the hub's cache"
     with loading(f"the CLIP {name!r} (setting `clip`) cannot be loaded", advice):
         if tag is not None:
             _require_weights(where, tag, open_clip.get_pretrained_cfg(where, tag))
