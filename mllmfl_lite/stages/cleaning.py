@@ -58,6 +58,10 @@ class Mask:
         text = _QUERY.sub(r"\1***", _LOGIN.sub("***@", self._whole.sub("***", text)))
         return self._pieces.sub("***", text)
 
+    def one_line(self, text: str) -> str:
+        """A server's words, fit for a message; secrets are masked before anything is cut."""
+        return self(one_line(self(text)))[:500]
+
 
 def _spellings(secret: str) -> set[str]:
     code = secret.encode()

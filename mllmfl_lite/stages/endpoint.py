@@ -19,7 +19,7 @@ from PIL import Image
 
 from mllmfl_lite.stages.backends import Answer, Answers, Open, Question
 from mllmfl_lite.stages.cleaning import Mask
-from mllmfl_lite.stages.replies import Problem, Reader
+from mllmfl_lite.stages.replies import Problem, read_answer, read_problem
 
 CONNECT = 10.0  # seconds until a server must have taken the connection
 SAID = 9.0  # seconds; longer waits are logged
@@ -64,15 +64,15 @@ class EndpointBackend:
         self.timeout, self.retries, self.max_side = timeout, retries, max_side
         self._settings: dict = {"max_tokens": max_new_tokens, "temperature": 0}
         self._stop, self._answered, self._quiet_until = threading.Event(), 0, 0.0
-        self._reader = Reader(Mask(key, url))
-        self._endpoint = f"the endpoint {self._reader.shown(url)!r}"
+        self._mask = Mask(key, url)
+        self._endpoint = f"the endpoint {self._mask.one_line(url)!r}"
         try:
             if not re.match(r"https?://[^/]", url) or not url.isprintable() or urlsplit(url).port == 0:
                 raise ValueError("an address begins with http:// or https://")
             limit = Timeout(timeout, connect=min(timeout, CONNECT))
             client = OpenAI(base_url=url, api_key=key or "none", timeout=limit, max_retries=0)
         except Exception as error:  # what is no address
-            raise ValueError(f"{self._endpoint} cannot be used: {self._reader.shown(str(error))}") from None
+            raise ValueError(f"{self._endpoint} cannot be used: {self._mask.one_line(str(error))}") from None
         self._create = client.chat.completions.with_raw_response.create
 
     def answers(self, batches: Iterable[list[Question]], open_image: Open) -> Answers:
@@ -121,8 +121,6 @@ class EndpointBackend:
                 self._answered += 1
                 return answer
             except Problem as problem:
-                if problem.fault == "run" and self._answered > answered:
-                    attempt, answered = 0, self._answered
                 again = problem.wait is not None and problem.wait <= LONGEST_WAIT and attempt < self.retries
                 if not again or self._wait(problem.wait or min(8.0, 0.5 * 2**attempt), problem.reason):
                     if problem.fault == "run":
@@ -130,6 +128,8 @@ class EndpointBackend:
                         raise ValueError(f"{failure} ({problem.reason}); {problem.advice}") from None
                     return Answer(refusal=problem.reason, fault=problem.fault)
                 attempt += 1
+                if problem.fault == "run" and self._answered > answered:
+                    attempt, answered = 0, self._answered
 
     def _wait(self, seconds: float, reason: str) -> bool:
         """Wait before a further attempt; return True if the run has ended meanwhile."""
@@ -144,17 +144,18 @@ class EndpointBackend:
 
         settings = dict(self._settings)
         try:
-            return self._reader.answer(self._create(model=self.model, messages=[message], **settings).text)
+            reply = self._create(model=self.model, messages=[message], **settings)
+            return read_answer(reply.text, self._mask)
         except APIStatusError as error:
             if error.status_code == 400 and _mend(settings, str(error)):
                 self._settings = settings
                 return self._send(message)
-            raise self._reader.problem(error.status_code, error.body, error.response.headers) from None
+            raise read_problem(error.status_code, error.body, error.response.headers, self._mask) from None
         except APIConnectionError as error:
             cause = type(error.__cause__).__name__
             if isinstance(error, APITimeoutError) and cause != "ConnectTimeout":
                 raise Problem(f"no answer within {self.timeout:g} s", "server", 0.0) from None
-            reason = self._reader.shown(f"{error} {error.__cause__ or ''}")
+            reason = self._mask.one_line(f"{error} {error.__cause__ or ''}")
             raise Problem(reason, "run" if cause.startswith("Connect") else "server", 0.0) from None
 
 

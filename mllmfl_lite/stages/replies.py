@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mllmfl_lite.stages.backends import Answer, read_text
-from mllmfl_lite.stages.cleaning import Mask, one_line
+from mllmfl_lite.stages.cleaning import Mask
 
 STOPS = {  # statuses that concern every request, and what to do
     401: "set the environment variable OPENAI_API_KEY to a key that this server takes",
@@ -35,48 +35,39 @@ class Problem(Exception):
     advice: str = "see that it runs"  #: what to do if it stays
 
 
-class Reader:
-    """Reads replies; secrets are masked before anything is cut, kept or shown."""
+def read_answer(body: str, mask: Mask) -> Answer:
+    """The answer in the body of a reply with status 200; raises `Problem` if there is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Problem(f"no JSON but {mask.one_line(body)!r}", "server", 0.0) from None
+    try:
+        choice = value["choices"][0]
+        text, why_none = _text(choice["message"].get("content")), str(choice["message"].get("refusal") or "")
+    except (TypeError, KeyError, IndexError, AttributeError):
+        error = value.get("error") if isinstance(value, dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
+        if isinstance(code, int) and code in STOPS:
+            raise read_problem(code, value, {}, mask) from None
+        sentence = mask.one_line(_sentence(value)) or f"no completion but {mask.one_line(body)!r}"
+        raise Problem(sentence, "request") from None
+    finish = str(choice.get("finish_reason")).lower()
+    if finish == "content_filter":
+        why_none = why_none or "the server's content filter held the answer back"
+    model = mask.one_line(str(value.get("model") or ""))
+    return read_text(mask(text), finish not in ("length", "content_filter"), model, mask.one_line(why_none))
 
-    def __init__(self, mask: Mask):
-        self.mask = mask
 
-    def answer(self, body: str) -> Answer:
-        """The answer in the body of a reply with status 200; raises `Problem` if there is none."""
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Problem(f"no JSON but {self.shown(body)!r}", "server", 0.0) from None
-        try:
-            choice = value["choices"][0]
-            text, why_none = _text(choice["message"].get("content")), str(choice["message"].get("refusal") or "")
-        except (TypeError, KeyError, IndexError, AttributeError):
-            error = value.get("error") if isinstance(value, dict) else None
-            code = error.get("code") if isinstance(error, dict) else None
-            if isinstance(code, int) and code in STOPS:
-                raise self.problem(code, value, {}) from None
-            sentence = self.shown(_sentence(value)) or f"no completion but {self.shown(body)!r}"
-            raise Problem(sentence, "request") from None
-        finish = str(choice.get("finish_reason")).lower()
-        if finish == "content_filter":
-            why_none = why_none or "the server's content filter held the answer back"
-        model = self.shown(str(value.get("model") or ""))
-        return read_text(self.mask(text), finish not in ("length", "content_filter"), model, self.shown(why_none))
-
-    def problem(self, status: int, body: object, headers: Mapping[str, str]) -> Problem:
-        """What a reply with another status than 200 means."""
-        sentence = self.shown(_sentence(body)) or "no reason given"
-        reason = f"{status}: {sentence}"
-        if status in STOPS:
-            wait = _retry_after(headers) if status == 429 and "insufficient_quota" not in str(body) else None
-            return Problem(reason + (f"; it asks to wait {wait:,.0f} s" if wait else ""), "run", wait, STOPS[status])
-        if (400 <= status < 500 and status not in PASSES) or _POLICY.search(sentence):
-            return Problem(reason, "request")
-        return Problem(reason, "server", _retry_after(headers) if status >= 400 else None)
-
-    def shown(self, text: str) -> str:
-        """A server's words, fit for a message."""
-        return self.mask(one_line(self.mask(text)))[:500]
+def read_problem(status: int, body: object, headers: Mapping[str, str], mask: Mask) -> Problem:
+    """What a reply with another status than 200 means."""
+    sentence = mask.one_line(_sentence(body)) or "no reason given"
+    reason = f"{status}: {sentence}"
+    if status in STOPS:
+        wait = _retry_after(headers) if status == 429 and "insufficient_quota" not in str(body) else None
+        return Problem(reason + (f"; it asks to wait {wait:,.0f} s" if wait else ""), "run", wait, STOPS[status])
+    if (400 <= status < 500 and status not in PASSES) or _POLICY.search(sentence):
+        return Problem(reason, "request")
+    return Problem(reason, "server", _retry_after(headers) if status >= 400 else None)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
