@@ -137,7 +137,7 @@ def test_committed_results_are_whole():
     ("content", "says"),
     [
         ("ruonds: 20", "'ruonds' is no setting; there are"),
-        ("rounds: 20", "'rounds' is no setting; write it inside federated, pretrain or align"),
+        ("rounds: 20", "rounds: write it inside federated, pretrain or align"),
         ("federated: {rounds: 2.5}", "federated.rounds: must be a valid integer; got 2.5"),
         ("align: 1", "align: must be a block of settings; got 1"),
         ("dataset: 10", "dataset: must be"),

@@ -125,7 +125,6 @@ def experiment_of(values: dict[str, Any]) -> Experiment:
     Raises:
         ValueError: names every wrong value, and every setting that stands outside its block.
     """
-
     outside = [f"{key}: write it inside federated, pretrain or align" for key in values if key in INSIDE]
     given = {key: values[key] for key in SETTINGS if key in values}
     stages = given.get("stages", (2,))

@@ -55,10 +55,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()):.400}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
-    if wrong := [key for key in given if key not in SETTINGS][:10]:
-        inside, known = "write it inside federated, pretrain or align", f"there are {SETTINGS}"
-        lines = [f"{path}: {key!r:.60} is no setting; {inside if key in INSIDE else known}" for key in wrong]
-        raise ValueError("\n".join(lines))
+    if wrong := [key for key in given if key not in SETTINGS and key not in INSIDE][:10]:
+        raise ValueError("\n".join(f"{path}: {key!r:.60} is no setting; there are {SETTINGS}" for key in wrong))
     return given
 
 
