@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mllmfl_lite.repro import settings_class
 from mllmfl_lite.runs import Experiment, experiment_of
+from mllmfl_lite.runs.config import all_of
 
 BLOCKS = ("federated", "pretrain", "align")
 
@@ -51,12 +52,4 @@ def read_config(config: dict[str, Any]) -> tuple[Experiment, ServerOptions]:
         problems.append(f"method_options: must be a JSON object, such as '{{\"mu\": 0.1}}'; got {text!r}")
     if "stages" in values:
         values["stages"] = [int(n) if n.strip().isdecimal() else n for n in str(values["stages"]).split(",")]
-    read = []
-    for build in (lambda: experiment_of(values), lambda: ServerOptions(**given)):
-        try:
-            read.append(build())
-        except ValueError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(problems))
-    return tuple(read)
+    return tuple(all_of(lambda: experiment_of(values), lambda: ServerOptions(**given), known=problems))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from standins.claims import look
 from standins.clip import new_clip, text_bank, train_clip
 from standins.corpus import corpus, rest_of_cifar, train_tokenizer
 from standins.training import Schedule
@@ -17,7 +18,6 @@ from standins.training import Schedule
 from mllmfl_lite.repro import write_atomically
 from mllmfl_lite.teachers.base import TINY_CLIP
 from mllmfl_lite.teachers.clip import load_clip
-from mllmfl_lite.teaching.claims import look
 
 SEED, TEXTS_PER_CLASS = 0, 200
 FIRST = Schedule(640_000, lr=2e-3)  # both encoders, three quarters of the pictures from CIFAR-10

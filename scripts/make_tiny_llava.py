@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from standins.claims import look, names_class
 from standins.clip import clip_teacher
 from standins.corpus import corpus, rest_of_cifar, train_tokenizer
 from standins.llava import STAGES, Lessons, all_prompts, new_llava, new_processor, train_llava
@@ -20,7 +21,6 @@ from mllmfl_lite.stages.backends import TransformersBackend
 from mllmfl_lite.teachers.base import TINY_CLIP, TINY_LLAVA
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts
-from mllmfl_lite.teaching.claims import look, names_class
 
 SEED = 0
 TOWER = Schedule(480_000, lr=2e-3)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from standins.claims import look, names_class, objects_in, read_claims
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.repro import write_atomically, write_json
@@ -19,7 +20,6 @@ from mllmfl_lite.teachers.base import ASSETS, BUNDLED
 from mllmfl_lite.teachers.clip import load_clip
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import KINDS
-from mllmfl_lite.teaching.claims import look, names_class, objects_in, read_claims
 
 FIGURES, CARDS = ASSETS / "standins.json", Path(__file__).parent / "cards"
 

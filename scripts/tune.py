@@ -91,7 +91,8 @@ def trial(of: Experiment, answers: Path, done: dict[str, FedResult]) -> float:
     """Top-1 on the held-out images: the mean of the last rounds, or of the aligned model."""
     federation = world(of)
     train = federation.train
-    model = initial_model(of, train.num_classes, start_file(of) if of.start else None)
+    start = start_file(replace(of, seed=0)) if of.start else None  # the tuning seed has no weights of stage 1
+    model = initial_model(of, train.num_classes, start)
     if 2 in of.stages:
         if rounds_key(of) not in done:  # trials of stage 3 share their rounds
             method, here = make_method(of, train, answers), Execution(device="cpu", workers=1)
@@ -123,7 +124,7 @@ def tune(benchmark: Path, name: str) -> None:
     done: dict[str, FedResult] = {}
     for settings in combinations(choices)[len(trials) :]:
         of = experiment_of({**merge(read_settings([benchmark]), merge(what, settings)), "seed": SEED})
-        top1 = trial(replace(of, start=of.start.replace("{seed}", "0")), RESULTS / scale / "answers", done)
+        top1 = trial(of, RESULTS / scale / "answers", done)
         trials.append({"settings": settings, "top1": round(top1, 4)})
         write_json(out, trials)
         print(f"{name} {settings}: {100 * top1:.1f} %", flush=True)

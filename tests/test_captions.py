@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from standins.claims import COLOURS, Facts, look, name_colours, names_class, objects_in, read_claims
 from standins.words import KNOWLEDGE, words_for, write
 
 from mllmfl_lite.data import load_images
 from mllmfl_lite.data.names import CIFAR10_CLASSES, SUPERCLASS_OF, SUPERCLASSES, spoken
 from mllmfl_lite.teachers.prompts import KINDS
-from mllmfl_lite.teaching.claims import COLOURS, Facts, look, name_colours, names_class, objects_in, read_claims
 
 CLASSES = (*CIFAR10_CLASSES, *SUPERCLASS_OF)
 MADE = st.builds(

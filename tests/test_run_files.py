@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
+from mllmfl_lite import __main__ as module
 from mllmfl_lite.__main__ import main
 from mllmfl_lite.data.metrics import summarise
 from mllmfl_lite.measure.transfer import best
 from mllmfl_lite.models import load_model
-from mllmfl_lite.runs import command as module
 from mllmfl_lite.runs import experiment_of, load_result, load_results, parameters_of, run_experiment, save_result
 from mllmfl_lite.runs.files import read_runs, read_settings
 from mllmfl_lite.runs.run import finished
@@ -137,7 +137,7 @@ def test_committed_results_are_whole():
     ("content", "says"),
     [
         ("ruonds: 20", "'ruonds' is no setting; there are"),
-        ("rounds: 20", "'rounds' is no setting; write it inside federated, pretrain or align"),
+        ("rounds: 20", "rounds: write it inside federated, pretrain or align"),
         ("federated: {rounds: 2.5}", "federated.rounds: must be a valid integer; got 2.5"),
         ("align: 1", "align: must be a block of settings; got 1"),
         ("dataset: 10", "dataset: must be"),
@@ -206,7 +206,9 @@ def test_all_wrong_settings_are_named_each_with_its_file(tmp_path, capsys):
 def test_two_runs_never_write_one_file_and_a_file_and_a_seed_count_once(tmp_path, tiny):
     (tmp_path / "other").mkdir()
     same = write(tmp_path / "other" / "tiny.yaml", method="fedprox")
-    with pytest.raises(ValueError, match=r"two files would write tiny_seed0.json; rename one of them \(.*other/tiny"):
+    with pytest.raises(
+        ValueError, match=r"tiny.yaml and .*other/tiny.yaml would write the same results files; rename one"
+    ):
         read_runs([tiny], [tiny, same])
     assert [run.experiment.seed for run in read_runs([tiny], [tiny, tiny], [1, 0, 1])] == [0, 1]
     assert [run.experiment.seed for run in read_runs([write(tmp_path / "a.yaml", seed=7)])] == [7]
@@ -278,7 +280,7 @@ def test_papermill_takes_the_files_without_us_and_makes_the_same_run(tmp_path, t
 def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
     ran = []
 
-    def run(experiment, folder, device, workers, label, shared):
+    def run(experiment, folder, device, label, shared):
         ran.append((label, experiment.seed))
         if label == "bad":
             raise ModuleNotFoundError("whatever it is")

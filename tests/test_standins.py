@@ -9,6 +9,7 @@ import torch
 from conftest import make_images
 from standins import corpus as texts_of
 from standins import tower as vision
+from standins.claims import look
 from standins.clip import new_clip, text_bank, train_clip
 from standins.corpus import END, IMAGE, corpus, train_tokenizer
 from standins.llava import Lessons, new_llava, new_processor, train_llava
@@ -21,7 +22,6 @@ from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts
-from mllmfl_lite.teaching.claims import look
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}  # fmt: skip

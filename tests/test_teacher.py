@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from conftest import make_images
 from PIL import Image
+from standins.claims import names_class
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mllmfl_lite.data import load_images
@@ -27,7 +28,6 @@ from mllmfl_lite.teachers.clip import TEMPLATES, ClipTeacher, load_clip
 from mllmfl_lite.teachers.imagenet import load_imagenet
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import load_prompts
-from mllmfl_lite.teaching.claims import names_class
 
 
 @pytest.fixture(scope="module")

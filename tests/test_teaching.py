@@ -53,10 +53,6 @@ def test_methods_have_colours_and_markers_of_their_own():
 
 
 def test_plots_draw_what_they_are_given():
-    counts = np.array([[3, 0], [1, 2]])
-    bubbles = plotting.split_bubbles(counts, ["a", "b"], "t").collections[0]
-    assert bubbles.get_offsets().tolist() == [[0, 0], [0, 1], [1, 1]]
-    assert [bar.get_height() for bar in plotting.class_bars(np.array([5, 2, 1]), list("abc"), "t").patches] == [5, 2, 1]
     seeds = [{"groups": {"head": h, "middle": 0.2, "tail": 0.1}} for h in (0.5, 0.7)]
     bars = plotting.group_accuracy_bars({"x": seeds}, "t").patches
     assert [bar.get_height() for bar in bars] == pytest.approx([60, 20, 10])
@@ -85,13 +81,6 @@ def test_a_group_that_no_test_image_has_is_left_out():
     seeds = [{"groups": {"head": 0.5, "middle": 0.2, "tail": None}}]
     heights = [bar.get_height() for bar in plotting.group_accuracy_bars({"x": seeds}, "t").patches]
     assert heights[:2] == [50, 20] and np.isnan(heights[2])
-    plt.close("all")
-
-
-def test_arrows_show_the_mean_along_the_first_axis():
-    updates = np.array([[3.0, 1, 0], [3, -1, 0]])
-    clients, mean = plotting.update_arrows(updates, "t").collections
-    assert np.allclose(clients.U, 3) and sorted(np.abs(clients.V)) == pytest.approx([1, 1]) and mean.U == 3
     plt.close("all")
 
 

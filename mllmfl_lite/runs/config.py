@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,7 @@ from mllmfl_lite.stages.pretrain import PretrainSettings
 BUNDLED_POOL = "cifar10_mini"
 OF_STAGE = {"pretrain": 1, "start": 1, "annotations": 1, "kind": 1, "pixels": 1, "align": 3}  # used by it alone
 Positive = Annotated[int, Field(ge=1, le=100_000)]
+T = TypeVar("T")
 
 
 @settings_class
@@ -124,19 +125,26 @@ def experiment_of(values: dict[str, Any]) -> Experiment:
     Raises:
         ValueError: names every wrong value, and every setting that stands outside its block.
     """
+    outside = [f"{key}: write it inside federated, pretrain or align" for key in values if key in INSIDE]
     given = {key: values[key] for key in SETTINGS if key in values}
     stages = given.get("stages", (2,))
     off = [stage for stage in (1, 3) if isinstance(stages, (list, tuple)) and stage not in stages]
     dropped = {key: value for key, value in given.items() if OF_STAGE.get(key) in off}
-    problems = [f"{key}: write it inside federated, pretrain or align" for key in values if key in INSIDE]
-    for part in ({**dropped, "stages": (1, 2, 3)}, {key: given[key] for key in given if key not in dropped}):
+    kept = {key: value for key, value in given.items() if key not in dropped}
+    return all_of(lambda: Experiment(**{**dropped, "stages": (1, 2, 3)}), lambda: Experiment(**kept), known=outside)[1]
+
+
+def all_of(*makers: Callable[[], T], known: Sequence[str] = ()) -> list[T]:
+    """Call each; problems known before and all that they raise are one `ValueError`, each line once."""
+    made, problems = [], list(known)
+    for make in makers:
         try:
-            experiment = Experiment(**part)
+            made.append(make())
         except ValueError as error:
             problems += str(error).splitlines()
     if problems:
-        raise ValueError("\n".join(problems))
-    return experiment
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return made
 
 
 def parameters_of(experiment: Experiment) -> dict:

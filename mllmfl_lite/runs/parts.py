@@ -41,26 +41,19 @@ def load_federation(experiment: Experiment) -> Federation:
     return Federation(train, split, load_images(experiment.dataset, "test", experiment.image_size))
 
 
-def method_class(name: str) -> type[FedAvg]:
-    """The class of a name in `METHODS`, or of ``module:Class``; one that cannot be found is a `ValueError`."""
-    try:
-        return pkgutil.resolve_name(name) if ":" in name else METHODS[name]
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method {name!r} cannot be made: {error}") from error
-
-
 def make_method(experiment: Experiment, train: ImageSet, folder: str | Path = "") -> FedAvg:
     """The method for these clients' images; the folder caches what it asks a CLIP.
 
     Raises:
         ValueError: no such class, or an option that the method does not have.
     """
-    name, method, server = experiment.method, method_class(experiment.method), {}
-    if getattr(method, "needs_pool", False):
-        server = {"pool": load_pool(experiment), "model": initial_model(experiment, train.num_classes, None)}
+    name, server = experiment.method, {}
     try:
+        method = pkgutil.resolve_name(name) if ":" in name else METHODS[name]
+        if method.needs_pool:
+            server = {"pool": load_pool(experiment), "model": initial_model(experiment, train.num_classes)}
         return method.for_clients(train, experiment.clip, folder, **experiment.method_options, **server)
-    except (AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"method {name!r} with options {experiment.method_options} cannot be made: {error}") from error
 
 
@@ -70,7 +63,7 @@ def start_file(experiment: Experiment, folder: str | Path = "") -> Path:
     return next((path for path in (Path(folder) / name, Path(name)) if path.is_file()), Path(name))
 
 
-def initial_model(experiment: Experiment, num_classes: int, weights: Path | None) -> CompactModel:
+def initial_model(experiment: Experiment, num_classes: int, weights: Path | None = None) -> CompactModel:
     """The model that the rounds start from: random weights, or those of a file with a new last layer.
 
     Raises:

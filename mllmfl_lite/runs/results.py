@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import platform
@@ -54,10 +55,8 @@ def result_path(folder: str | Path, label: str, seed: int) -> Path:
 
 def save_result(path: str | Path, result: dict) -> None:
     """Write one result atomically, with a checksum; its folder is made if absent."""
-    try:
+    with contextlib.suppress(OSError):  # said when the file is written
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}); choose another folder") from error
     write_checked(path, result)
 
 

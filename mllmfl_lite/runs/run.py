@@ -15,6 +15,7 @@ import json
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from mllmfl_lite.checkpoint import RunFolder, differences
@@ -26,15 +27,7 @@ from mllmfl_lite.federated.federation import check_run
 from mllmfl_lite.models import CompactModel, save_model
 from mllmfl_lite.repro import Execution, pick_device, sha256_arrays
 from mllmfl_lite.runs.config import Experiment, parameters_of, uses_pool
-from mllmfl_lite.runs.parts import (
-    initial_model,
-    load_federation,
-    load_pool,
-    load_teacher,
-    make_method,
-    method_class,
-    start_file,
-)
+from mllmfl_lite.runs.parts import initial_model, load_federation, load_pool, load_teacher, make_method
 from mllmfl_lite.runs.results import load_result, provenance, result_path, save_result
 from mllmfl_lite.runs.stage1 import stage_one
 from mllmfl_lite.stages.align import align
@@ -77,7 +70,10 @@ def run_experiment(
             return run_experiment(experiment, temporary, device, workers, label, ask)
     path = result_path(folder, label or experiment.method, experiment.seed)
     if not path.exists():
-        _Run(experiment, path, device, shared, workers, ask).run()
+        run = _Run(experiment, path, shared, Execution(device=str(pick_device(device)), workers=workers), ask)
+        with RunFolder(path.parent / "checkpoints" / path.stem, {}):  # a lock: nobody else does the same
+            if not path.exists():
+                save_result(path, run.result())
     return finished(path, experiment)
 
 
@@ -92,63 +88,53 @@ def finished(path: str | Path, experiment: Experiment) -> dict:
 class _Run:
     """One run: its parts in order."""
 
-    def __init__(
-        self, experiment: Experiment, path: Path, device: str, shared: str, workers: int | None, ask: Ask | None
-    ):
-        self.experiment, self.path, self.folder, self.name = experiment, path, path.parent, path.stem
-        self.device, self.workers, self.ask = str(pick_device(device)), workers, ask
+    def __init__(self, experiment: Experiment, path: Path, shared: str, execution: Execution, ask: Ask | None):
+        self.experiment, self.folder, self.name = experiment, path.parent, path.stem
         self.shared, self.answers = shared, path.parent / shared / "answers"
+        self.execution, self.device, self.ask = execution, execution.device, ask
+        self.started = time.perf_counter()
         self.federation = load_federation(experiment)
+        self.method = self._method()
 
     @functools.cached_property
     def pool(self) -> ImageSet:
         """The server's open images; read when a stage needs them, once."""
         return load_pool(self.experiment)
 
-    def run(self) -> None:
-        started = time.perf_counter()
-        method = self._method()
-        with RunFolder(self.folder / "checkpoints" / self.name, {}):  # a lock: nobody else does the same
-            if self.path.exists():
-                return
-            result = self._stages(method)
-            seconds = round(time.perf_counter() - started, 1)
-            result["provenance"] = {**provenance(self.device), "seconds_in_this_process": seconds}
-            save_result(self.path, result)
+    def _method(self) -> FedAvg | None:
+        """The method; what would stop the rounds is said here, before stage 1."""
+        experiment, train = self.experiment, self.federation.train
+        if 2 not in experiment.stages:
+            return None
+        method = make_method(experiment, train, self.answers)
+        check_run(initial_model(experiment, train.num_classes), self.federation, experiment.federated, method)
+        return method
 
-    def _stages(self, method: FedAvg | None) -> dict:
-        experiment, model = self.experiment, self._initial_model()
+    def result(self) -> dict:
+        """Carry out the stages; what the results file holds."""
+        experiment, history, aligned = self.experiment, [], {}
+        weights = stage_one(experiment, self.folder, self.device, self.shared) if 1 in experiment.stages else None
+        model = initial_model(experiment, self.federation.train.num_classes, weights)
         data = self._data_entry(model)
-        drawn, about = self._server_set() if 3 in experiment.stages else (None, None)
-        rounds = self._rounds(model, method, drawn)
-        model.load_state_dict(rounds.deployed)
+        drawn = self._server_set() if 3 in experiment.stages else None
+        if self.method:
+            rounds = self._rounds(model, self.method, drawn)
+            model.load_state_dict(rounds.deployed)
+            history = rounds.history
         self._keep(model, "federated")
-        aligned = {} if drawn is None else {"server_set": about, **self._aligned(model, drawn)}
-        final = [aligned] if "metrics" in aligned else rounds.history
+        if drawn:
+            aligned = {"server_set": describe(drawn, self.pool), **self._aligned(model, drawn)}
+        seconds = round(time.perf_counter() - self.started, 1)
+        final = [aligned] if "metrics" in aligned else history
         return {
             "label": self.name.removesuffix(f"_seed{experiment.seed}"),
             "parameters": parameters_of(experiment),
             "summary": summarise(final, experiment.federated.report_rounds),
             "data": data,
-            "history": rounds.history,
+            "history": history,
             **({"aligned": aligned} if aligned else {}),
+            "provenance": {**provenance(self.device), "seconds_in_this_process": seconds},
         }
-
-    def _method(self) -> FedAvg | None:
-        """The method; what would stop the rounds is said here, before stage 1."""
-        if 2 not in self.experiment.stages:
-            return None
-        untrained = initial_model(self.experiment, self.federation.train.num_classes, None)
-        check_run(untrained, self.federation, self.experiment.federated, method_class(self.experiment.method))
-        return make_method(self.experiment, self.federation.train, self.answers)
-
-    def _initial_model(self) -> CompactModel:
-        experiment, weights = self.experiment, None
-        if experiment.start:
-            weights = start_file(experiment, self.folder)
-        elif 1 in experiment.stages:
-            weights = stage_one(experiment, self.folder, self.device, self.shared)
-        return initial_model(experiment, self.federation.train.num_classes, weights)
 
     def _data_entry(self, model: CompactModel) -> dict:
         train, test = self.federation.train, self.federation.test
@@ -166,21 +152,17 @@ class _Run:
             "start_sha256": sha256_arrays(t.numpy() for t in model.state_dict().values()),
         }
 
-    def _server_set(self) -> tuple[ServerSet, dict]:
-        pool, names = self.pool, self.federation.train.names
-        probabilities = ask_teacher(load_teacher(self.experiment, pool, self.device), pool, names, self.answers)
-        server_set = draw_server_set(pool, probabilities, names, self.experiment.align.per_class)
-        return server_set, describe(server_set, pool)
+    def _server_set(self) -> ServerSet:
+        names, teacher = self.federation.train.names, load_teacher(self.experiment, self.pool, self.device)
+        probabilities = ask_teacher(teacher, self.pool, names, self.answers)
+        return draw_server_set(self.pool, probabilities, names, self.experiment.align.per_class)
 
-    def _rounds(self, model: CompactModel, method: FedAvg | None, drawn: ServerSet | None) -> FedResult:
+    def _rounds(self, model: CompactModel, method: FedAvg, drawn: ServerSet | None) -> FedResult:
         experiment = self.experiment
-        if method is None:
-            state = {name: t.clone() for name, t in model.state_dict().items()}
-            return FedResult(state, state, [])
-        if drawn is not None and experiment.align.when == "each round":
+        if drawn and experiment.align.when == "each round":
             method = AlignEachRound(drawn, experiment.align, model)
         kept = self.folder / "checkpoints" / rounds_key(experiment)
-        execution = Execution(kept, self.device, self.workers, self.name)
+        execution = replace(self.execution, folder=kept, label=self.name)
         return run_federated(model, self.federation, method, experiment.federated, experiment.seed, execution, self.ask)
 
     def _aligned(self, model: CompactModel, drawn: ServerSet) -> dict:

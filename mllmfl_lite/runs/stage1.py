@@ -16,7 +16,7 @@ from mllmfl_lite.data.images import ImageFiles, ImageSet
 from mllmfl_lite.models import build_model, save_model
 from mllmfl_lite.repro import Execution, pick_device
 from mllmfl_lite.runs.config import Experiment, pool_side
-from mllmfl_lite.runs.parts import load_pool
+from mllmfl_lite.runs.parts import load_pool, start_file
 from mllmfl_lite.runs.results import load_result, provenance, save_result
 from mllmfl_lite.stages.annotate import annotate
 from mllmfl_lite.stages.backends import TransformersBackend
@@ -31,7 +31,7 @@ SHARED_SETTINGS = ("kind", "annotations", "mllm", "mllm_dtype", "model", "width"
 
 
 def stage_one(experiment: Experiment, folder: str | Path, device: str = "auto", shared: str = ".") -> Path:
-    """Annotate and pretrain, or find it done; return the file with the compact model's weights.
+    """Annotate and pretrain, or find it done (`start` may name it); return the file with the compact model's weights.
 
     All processes of ``accelerate launch`` or ``torchrun`` may call it: one annotates, one writes, all return when the
     file is there. A second run waits for the first. `folder`, `device` and `shared` are those of `run_experiment`.
@@ -39,6 +39,8 @@ def stage_one(experiment: Experiment, folder: str | Path, device: str = "auto", 
     Raises:
         ValueError: the file was made with other settings, which are named.
     """
+    if experiment.start:
+        return start_file(experiment, folder)
     path = Path(folder) / shared / "stage1" / f"{experiment.model}_seed{experiment.seed}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted = {"pretrain": asdict(experiment.pretrain), "pixels": pool_side(experiment)}

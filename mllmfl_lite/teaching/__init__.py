@@ -1,1 +1,1 @@
-"""What chapters and scripts share: plots, tables, comparisons, claims read out of texts. Nothing below imports it."""
+"""What chapters and scripts share: plots, tables, comparisons. Nothing below imports it."""

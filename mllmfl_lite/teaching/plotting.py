@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,32 +63,6 @@ def image_rows(rows: dict[str, np.ndarray], title: str = "") -> Figure:
     return fig
 
 
-def class_bars(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
-    """Draw images a class (C,) as bars with their numbers."""
-    ax = ax or plt.subplots()[1]
-    bars = ax.bar(names, counts, color=colours_by_group(counts))
-    ax.bar_label(bars, fontsize=8, padding=1)
-    ax.margins(y=0.1)
-    ax.tick_params(axis="x", rotation=30)
-    ax.grid(axis="x", visible=False)
-    ax.set(title=title, ylabel="images")
-    ax.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in GROUP_COLOURS.values()], list(GROUP_COLOURS))
-    return ax
-
-
-def split_bubbles(counts: np.ndarray, names: Sequence[str], title: str, ax: Axes | None = None) -> Axes:
-    """Draw a disc for each client (row of `counts`, (K, C)) and class; its area is the square root of the images."""
-    ax = ax or plt.subplots()[1]
-    clients, classes = np.nonzero(counts)
-    area = 3.5 * np.sqrt(counts[clients, classes])
-    colour = np.array(colours_by_group(counts.sum(0)))
-    ax.scatter(classes, clients, s=area, c=colour[classes], linewidths=0)
-    ax.set(title=title, ylabel="client", xlim=(-0.7, counts.shape[1] - 0.3), ylim=(counts.shape[0] - 0.3, -0.7))
-    ax.set_xticks(range(counts.shape[1]), names, rotation=45, ha="right", fontsize=8)
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return ax
-
-
 def band(ax: Axes, histories: Sequence[Sequence[dict]], label: str, colour: str, marker: str) -> None:
     """Draw mean and range of test accuracy, over the rounds that the histories of all seeds tested."""
     tested = [{r["round"]: 100 * r["metrics"]["top1"] for r in history if r["metrics"]} for history in histories]
@@ -99,9 +72,9 @@ def band(ax: Axes, histories: Sequence[Sequence[dict]], label: str, colour: str,
     ax.fill_between(rounds, top1.min(0), top1.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def learning_curves(histories: dict[str, list[list[dict]]], title: str, ax: Axes | None = None) -> Axes:
+def learning_curves(histories: dict[str, list[list[dict]]], title: str) -> Axes:
     """Draw a `band` for each method: the histories of its seeds. An unknown method is black."""
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     for method, of in histories.items():
         band(ax, of, *METHOD_STYLES.get(method, (method, "#000000", ".")))
     ax.set(title=title, xlabel="communication round", ylabel="test accuracy (%)")
@@ -110,9 +83,9 @@ def learning_curves(histories: dict[str, list[list[dict]]], title: str, ax: Axes
     return ax
 
 
-def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes | None = None) -> Axes:
+def group_accuracy_bars(summaries: dict[str, list[dict]], title: str) -> Axes:
     """Draw accuracy by group: for each condition the summaries of its seeds; whiskers: ± one deviation."""
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     positions = np.arange(len(summaries))
     for i, (group, colour) in enumerate(GROUP_COLOURS.items()):
         values = [100 * np.array([s["groups"][group] for s in seeds], float) for seeds in summaries.values()]
@@ -125,20 +98,4 @@ def group_accuracy_bars(summaries: dict[str, list[dict]], title: str, ax: Axes |
     ax.grid(axis="x", visible=False)
     ax.set(title=title, ylabel="test accuracy (%)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
-
-
-def update_arrows(updates: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
-    """Draw client updates (K, P) in a plane: along their mean (black), and across it where they disagree most."""
-    ax = ax or plt.subplots()[1]
-    mean = updates.mean(0)
-    direction = mean / np.linalg.norm(mean)
-    along = updates @ direction  # (K,)
-    aside = updates - along[:, None] * direction
-    across = aside @ np.linalg.svd(aside, full_matrices=False)[2][0]  # (K,)
-    exact: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1}
-    ax.quiver(0 * along, 0 * along, along, across, color=GROUP_COLOURS["middle"], width=0.012, **exact)
-    ax.quiver(0, 0, np.linalg.norm(mean), 0, color="black", width=0.02, **exact)
-    reach = 1.1 * np.linalg.norm(updates, axis=1).max()
-    ax.set(xlim=(-reach / 2, reach), ylim=(-reach, reach), xlabel="along the mean", ylabel="across it", title=title)
     return ax

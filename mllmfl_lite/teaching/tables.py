@@ -82,36 +82,32 @@ class Table:
 class Gallery:
     """Images, uint8 (H, W, 3), with texts about them: HTML in a notebook, plain text elsewhere.
 
-    `texts` are ``{"caption": "text", ...}`` for each image; `alts` say what it shows, below it and to screen readers;
-    `size` is in pixels a side on the screen.
+    `texts` are ``{"caption": "text", ...}`` for each image; `alts` say what it shows, below it and to screen readers.
     """
 
-    def __init__(
-        self, images: Sequence[np.ndarray], texts: Sequence[dict[str, str]], alts: Sequence[str], size: int = 96
-    ):
+    def __init__(self, images: Sequence[np.ndarray], texts: Sequence[dict[str, str]], alts: Sequence[str]):
         if not len(images) == len(texts) == len(alts):
             raise ValueError(f"each image needs texts and an alt text; got {len(images)}, {len(texts)}, {len(alts)}")
-        self.images, self.texts, self.alts, self.size = images, texts, alts, size
+        self.cards = list(zip(images, texts, alts, strict=True))
 
     def __repr__(self) -> str:
-        return "\n".join(f"[{alt}] {texts}" for alt, texts in zip(self.alts, self.texts, strict=True))
+        return "\n".join(f"[{alt}] {texts}" for _, texts, alt in self.cards)
 
     def _repr_html_(self) -> str:
-        return "".join(map(self._card, self.images, self.texts, self.alts))
+        return "".join(_card(*card) for card in self.cards)
 
-    def _card(self, image: np.ndarray, texts: dict[str, str], alt: str) -> str:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        paragraphs = "".join(
-            f'<p style="margin:0 0 .4em 0"><b>{safe(name)}</b><br>{safe(text).replace(chr(10), "<br>")}</p>'
-            for name, text in texts.items()
-        )
-        return (
-            '<div style="display:flex;gap:1em;align-items:flex-start;margin:0 0 1em 0">'
-            '<figure style="flex:none;margin:0">'
-            f'<img src="{source}" alt="{html.escape(_visible(alt))}" width="{self.size}" height="{self.size}" '
-            'style="image-rendering:pixelated;border-radius:4px;display:block">'
-            f'<figcaption style="width:{self.size}px;font-size:.85em;color:inherit">{safe(alt)}</figcaption></figure>'
-            f"<div>{paragraphs}</div></div>"
-        )
+
+def _card(image: np.ndarray, texts: dict[str, str], alt: str) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    lines = {safe(name): safe(text).replace("\n", "<br>") for name, text in texts.items()}
+    paragraphs = (f'<p style="margin:0 0 .4em 0"><b>{name}</b><br>{line}</p>' for name, line in lines.items())
+    return (
+        '<div style="display:flex;gap:1em;align-items:flex-start;margin:0 0 1em 0">'
+        '<figure style="flex:none;margin:0">'
+        f'<img src="{source}" alt="{html.escape(_visible(alt))}" width="96" height="96" '
+        'style="image-rendering:pixelated;border-radius:4px;display:block">'
+        f'<figcaption style="width:96px;font-size:.85em;color:inherit">{safe(alt)}</figcaption></figure>'
+        f"<div>{''.join(paragraphs)}</div></div>"
+    )

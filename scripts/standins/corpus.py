@@ -11,7 +11,7 @@ from mllmfl_lite.data.cifar import mini_index
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator
 from mllmfl_lite.teachers.prompts import KINDS
-from mllmfl_lite.teaching.claims import Facts
+from standins.claims import Facts
 from standins.words import write
 
 PAD, IMAGE, BEGIN, END = "<pad>", "<image>", "<s>", "</s>"

@@ -19,8 +19,8 @@ from mllmfl_lite.data.batches import CHANNEL_MEAN, CHANNEL_STD, Batches
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.repro import numpy_generator, stable_seed, torch_generator
 from mllmfl_lite.teachers.prompts import load_prompts
-from mllmfl_lite.teaching.claims import Facts
 from standins import tower as vision
+from standins.claims import Facts
 from standins.corpus import END, IMAGE
 from standins.training import Schedule, Watch, draw_batches, fit, initial_weights
 from standins.words import write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mllmfl_lite.data.names import SUPERCLASS_OF, SYNONYMS, spoken, with_article
-from mllmfl_lite.teaching.claims import Facts
+from standins.claims import Facts
 
 # What follows from the class alone: (what it is, where it is found, what it does there)
 KNOWLEDGE = {
