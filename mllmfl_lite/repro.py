@@ -167,39 +167,24 @@ def count_cores() -> int:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32 in matrix products and convolutions on a GPU; restore the flags at the end."""
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    flags: list[tuple[Any, str, Any, Any]]  # place, name, value before, value inside
+    places: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
     try:
-        flags = [(place, "allow_tf32", place.allow_tf32, allowed) for place in (matmul, cudnn)]
-    except RuntimeError:  # torch's newer flags are in use; the two kinds exclude each other
-        wanted = "tf32" if allowed else "ieee"
-        flags = [(place, "fp32_precision", place.fp32_precision, wanted) for place in (matmul, cudnn.conv)]
-    try:
-        for place, name, _, new in flags:
-            setattr(place, name, new)
+        for place in places:
+            place.allow_tf32 = allowed
         yield
     finally:
-        for place, name, old, _ in flags:
-            setattr(place, name, old)
+        for place, old in zip(places, before, strict=True):
+            place.allow_tf32 = old
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """Return the device of that name; ``"auto"`` is the GPU if there is one, each process's own under a launcher.
-
-    Raises:
-        ValueError: an unknown name, or a GPU where there is none.
-    """
+    """Return the device of that name; ``"auto"`` is the GPU if there is one, each process's own under a launcher."""
     if name == "auto":
         rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun and accelerate launch
         return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    rule = f"device must be 'auto', 'cpu' or 'cuda'; got {name!r}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(rule) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{rule}, which lacks float64 or other parts")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):  # others lack float64 or other parts
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda'; got {str(name)!r}")
+    if str(name) != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {str(name)!r} was asked for, but torch sees no GPU here; use device='auto' or 'cpu'")
-    return device
+    return torch.device(name)
