@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -98,12 +98,9 @@ class FileBatches:
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
         """`augmented` for each run of indices; the next is decoded while the last is in use."""
-        ahead: deque[list[Future]] = deque()
-        for part in [part.cpu() for part in parts]:  # all at once: a GPU is synchronised once
-            ahead.append(self._begin(part, generator))
-            if len(ahead) > 1:
-                yield self._collect(ahead.popleft())
-        yield from map(self._collect, ahead)
+        parts = [part.cpu() for part in parts]  # all at once: a GPU is synchronised once
+        begun = (self._begin(part, generator) for part in [*parts, torch.empty(0)])  # the last one ends the pairs
+        return (self._collect(jobs) for jobs, _ in itertools.pairwise(begun))
 
     def _begin(self, indices: Tensor, generator: torch.Generator) -> list[Future]:
         drawn = torch.rand(len(indices), 1 + 4 * TRIES, generator=generator).tolist()

@@ -69,9 +69,7 @@ def train_client(
             loss.backward()
             optimizer.step()
             total += loss.detach().double() * len(part)
-        if not torch.isfinite(total):
-            raise ClientDiverged(task.client, task.round)
-    if not all_finite(model.parameters()):
+    if not all_finite((total, *model.parameters())):
         raise ClientDiverged(task.client, task.round)
     return total.item() / (settings.local_epochs * len(indices))
 
@@ -87,10 +85,9 @@ def client_step(
 
 
 class Workers(ThreadPoolExecutor):
-    """Threads with one torch thread and one model each; torch releases Python's lock inside its kernels.
+    """Threads with one model and one torch thread each, so that results are bit-equal for any number of workers.
 
-    With one torch thread a worker, results are bit-equal for any number of workers. It also avoids a crash of torch
-    2.15 on CPUs (backward pass of a strided 1x1 convolution, two threads).
+    Torch 2.15's backward pass of a strided 1x1 convolution may crash on CPUs with two threads.
     """
 
     def __init__(self, model: CompactModel, count: int):

@@ -77,10 +77,9 @@ class FedNPC(FedAvg):
 
     def deployed(self, state: State, server_state: State) -> State:
         """The averaged model with the repaired head."""
-        head = torch.cat([state[HEAD[0]], state[HEAD[1]][:, None]], 1)
-        classes, generator = len(head), torch_generator(0, "noise features")
+        head, generator = torch.cat([state[HEAD[0]], state[HEAD[1]][:, None]], 1), torch_generator(0, "noise features")
         noise = torch.randn(self.vectors, head.shape[1] - 1, generator=generator).to(head)
-        labels = torch.randint(classes, (self.vectors,), generator=generator).to(head.device)
+        labels = torch.randint(len(head), (self.vectors,), generator=generator).to(head.device)
         velocity = torch.zeros_like(head)
         for _ in range(self.steps):
             velocity = self.momentum * velocity + head_gradients(noise, labels, head[:, :-1], head[:, -1])
