@@ -39,8 +39,8 @@ class CompactModel(nn.Module):
         maps = self.body(x)
         height, width = maps.shape[2:]
         if grid < 1 or any(side % grid and grid % side for side in (height, width)):
-            rule = "choose an image size whose feature map and token grid divide one another"
-            raise ValueError(f"{rule}; the map is {height} x {width}, the grid {grid} x {grid}")
+            sides = f"the map is {height} x {width}, the grid {grid} x {grid}"
+            raise ValueError(f"feature map and token grid must divide one another; {sides}; choose another image size")
         for axis, side in ((2, height), (3, width)):
             if side < grid:
                 maps = maps.repeat_interleave(grid // side, axis)

@@ -53,7 +53,7 @@ def few_labels(labels: np.ndarray, num_classes: int, share: float, seed: int) ->
         raise ValueError(f"share must lie in (0, 1]; got {share}")
     total = round(share * len(labels))
     if total < num_classes:
-        raise ValueError(f"a share of {share} is {total} images, less than one for each of {num_classes} classes")
+        raise ValueError(f"a share of {share} is {total}, less than one for each of {num_classes} classes")
     return balanced_subset(labels, num_classes, total, seed)
 
 
