@@ -62,8 +62,7 @@ class RunFolder:
     def load(self) -> tuple[int, dict[str, Tensor], Any] | None:
         """The checkpoint as (step, tensors, record); None if there is none yet.
 
-        Raises:
-            CheckpointError: it is damaged, or belongs to a run with another identity (the differences are named).
+        One that is damaged, or belongs to a run with another identity, is a `CheckpointError`.
         """
         path, advice = self.path / "run.json", f"remove the folder {self.path} to start again"
         if not path.exists():
@@ -77,10 +76,13 @@ class RunFolder:
         weights = self.path / entry["weights"]
         content = weights.read_bytes() if weights.exists() else b""
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise CheckpointError(
-                f"{weights} is damaged (its {len(content)} bytes do not fit the checksum in {path.name}); {advice}"
-            )
+            raise CheckpointError(f"{weights} is damaged: {len(content)} bytes do not fit their checksum; {advice}")
         return entry["step"], safetensors.torch.load(content), entry["record"]
+
+
+def within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins so, under the rest of their name."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def write_checked(path: str | Path, value: dict) -> None:
@@ -90,11 +92,7 @@ def write_checked(path: str | Path, value: dict) -> None:
 
 
 def read_checked(path: str | Path) -> dict:
-    """Read what `write_checked` wrote, without the checksum.
-
-    Raises:
-        ValueError: it holds something else, or was changed.
-    """
+    """Read what `write_checked` wrote, without the checksum; anything else, or a change, is a `ValueError`."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         checksum = value.pop("checksum")

@@ -34,16 +34,13 @@ class CompactModel(nn.Module):
     def tokens(self, x: Tensor, grid: int) -> Tensor:
         """Images (B, 3, H, W) -> visual tokens (B, grid * grid, D), row by row.
 
-        A larger feature map is pooled to the grid, a smaller one is repeated; if neither divides the other, that is a
-        `ValueError`.
+        A larger feature map is pooled to the grid, a smaller one is repeated. One must divide the other.
         """
         maps = self.body(x)
         height, width = maps.shape[2:]
         if grid < 1 or any(side % grid and grid % side for side in (height, width)):
-            raise ValueError(
-                f"the token grid and the feature map must divide one another; the map is {height} x {width}, "
-                f"the grid {grid} x {grid}; choose another image size"
-            )
+            sides = f"the map is {height} x {width}, the grid {grid} x {grid}"
+            raise ValueError(f"feature map and token grid must divide one another; {sides}; choose another image size")
         for axis, side in ((2, height), (3, width)):
             if side < grid:
                 maps = maps.repeat_interleave(grid // side, axis)
@@ -144,11 +141,9 @@ def load_model(path: str | Path) -> CompactModel:
         model.load_state_dict(state)
         model.names = tuple(about.get("names", ()))
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no model written by save_model ({error}); name another file, or remove it and make it again"
-        ) from error
+        raise ValueError(f"{path} holds no model written by save_model ({error}); remove it, make it again") from error
     if about.pop("sha256", None) not in (None, _checksum(about, state)):
-        raise ValueError(f"{path} is damaged: its content does not fit its checksum; remove it and make it again")
+        raise ValueError(f"{path} is damaged: its content does not fit its checksum; remove it, make it again")
     return model
 
 

@@ -24,8 +24,8 @@ from mllmfl_lite.federated import (
 )
 from mllmfl_lite.federated.aggregate import weighted_mean
 from mllmfl_lite.federated.clients import Task, train_client
-from mllmfl_lite.federated.feddf import ensemble
 from mllmfl_lite.federated.fedyoyo import effective_numbers, self_distillation
+from mllmfl_lite.federated.server_steps import ensemble
 from mllmfl_lite.models import build_model
 from mllmfl_lite.repro import Execution, torch_generator
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -56,8 +56,8 @@ class Batches:
         """`augmented` for each run of indices. All draws are made at once, so a GPU is synchronised once."""
         parts = list(parts)
         lengths = [len(part) for part in parts]
-        drawn = torch.cat([torch.empty(3, 0, dtype=torch.int64), *(self._draw(n, generator) for n in lengths)], 1)
-        return map(self.normalise, map(self._crop, parts, drawn.to(self.labels.device).split(lengths, 1)))
+        drawn = torch.cat([self._draw(n, generator) for n in (0, *lengths)], 1).to(self.labels.device)
+        return map(self.normalise, map(self._crop, parts, drawn.split(lengths, 1)))
 
     def _draw(self, length: int, generator: torch.Generator) -> Tensor:
         """Top, left and flip of each image: int64 (3, B)."""
@@ -74,16 +74,15 @@ class FileBatches:
     """An image set in files: ImageNet's usual crops by torchvision, decoded in threads, one batch ahead.
 
     Training sees a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3) at `size`, flipped or not.
-    Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. All random numbers are drawn
-    before an image is handed to a thread (default: one a core), so the number of threads changes nothing.
+    Testing sees the middle after the shorter side was scaled to ``size * 256 / 224``. Random numbers are drawn before
+    an image is handed to a thread, so the number of threads changes nothing.
     """
 
     def __init__(self, data: ImageSet, device: torch.device | str = "cpu", threads: int | None = None):
         self._files, self._size = data.images, data.images.size
         self.labels = torch.from_numpy(np.array(data.labels)).to(device)  #: int64 (N,), on the device
         self._threads = ThreadPoolExecutor(threads or count_cores(), initializer=torch.set_num_threads, initargs=(1,))
-        small = self._size <= 32  # CIFAR's statistics, else ImageNet's
-        statistics = (CHANNEL_MEAN, CHANNEL_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
+        statistics = (CHANNEL_MEAN, CHANNEL_STD) if self._size <= 32 else (IMAGENET_MEAN, IMAGENET_STD)
         self._normalise = _Normalise(*statistics, device)
 
     def __len__(self) -> int:
@@ -99,12 +98,9 @@ class FileBatches:
 
     def stream(self, parts: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
         """`augmented` for each run of indices; the next is decoded while the last is in use."""
-        ahead: deque[list[Future]] = deque()
-        for part in [part.cpu() for part in parts]:  # all at once: a GPU is synchronised once
-            ahead.append(self._begin(part, generator))
-            if len(ahead) > 1:
-                yield self._collect(ahead.popleft())
-        yield from map(self._collect, ahead)
+        parts = [part.cpu() for part in parts]  # all at once: a GPU is synchronised once
+        begun = (self._begin(part, generator) for part in [*parts, torch.empty(0)])  # the last one ends the pairs
+        return (self._collect(jobs) for jobs, _ in itertools.pairwise(begun))
 
     def _begin(self, indices: Tensor, generator: torch.Generator) -> list[Future]:
         drawn = torch.rand(len(indices), 1 + 4 * TRIES, generator=generator).tolist()

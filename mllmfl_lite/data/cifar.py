@@ -30,12 +30,8 @@ PIXELS_SHA256 = {
 def check_pixels(dataset: str, part: str, images: np.ndarray, labels: np.ndarray) -> ImageSet:
     """That part as a set; `ValueError` unless these are the original images and labels, in the original order."""
     checked = ImageSet(images, labels, NAMES[dataset], f"{dataset}/{part}")
-    found, right = checked.checksum(), PIXELS_SHA256[dataset, part]
-    if found != right:
-        raise ValueError(
-            f"the {part} images of {dataset} differ from the originals: sha256 of pixels and labels is {found[:16]}…, "
-            f"it must be {right[:16]}…; remove the file and fetch it again"
-        )
+    if checked.checksum() != PIXELS_SHA256[dataset, part]:
+        raise ValueError(f"images or labels of {checked.origin} differ from the originals; fetch the file again")
     return checked
 
 
@@ -87,9 +83,7 @@ def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     if folder.name == source.base_folder:
-        raise ValueError(
-            f"{FOLDER_VARIABLE}={folder} is the data set itself; name the folder above it: {folder.parent}"
-        )
+        raise ValueError(f"{FOLDER_VARIABLE}={folder} is the data set; name the folder above it: {folder.parent}")
     archive = folder / source.filename
     if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
         raise ValueError(f"{archive} is corrupt: its md5 is not {source.tgz_md5}; remove it and fetch it again")
@@ -97,9 +91,7 @@ def _torchvision(folder: Path, dataset: str, part: str) -> tuple[np.ndarray, np.
         folder.mkdir(parents=True, exist_ok=True)
         loaded = source(folder, train=part == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{dataset} is not in {folder} and cannot be downloaded ({error}). Put {source.filename} "
-            f"(from {source.url}), unpacked or not, into a folder and set {FOLDER_VARIABLE} to it"
-            + (", or make cifar10.npz with scripts/cifar10_from_npm.py" if dataset == "cifar10" else "")
-        ) from error
+        problem = f"{dataset} is not in {folder} and cannot be downloaded ({error})"
+        advice = f"Put {source.filename} (from {source.url}) into a folder and set {FOLDER_VARIABLE} to it"
+        raise ValueError(f"{problem}. {advice}") from error
     return loaded.data, np.asarray(loaded.targets, dtype=np.int64)

@@ -59,10 +59,8 @@ def read_list(path: str | Path) -> tuple[list[str], np.ndarray]:
     for number, line in read_lines(Path(path)):
         found = re.fullmatch(r"(.+?)[ \t]+([0-9]{1,9})", line)
         if not found:
-            raise ValueError(
-                f"line {number} of {path} must be a path and a class number, as in "
-                f"'train/n01440764/n01440764_762.JPEG 0'; it is {line[:100]!r}"
-            )
+            rule = f"line {number} of {path} must be a path and a class number, as in 'train/n01440764/x.JPEG 0'"
+            raise ValueError(f"{rule}; it is {line[:100]!r}")
         paths.append(found[1])
         labels.append(int(found[2]))
     if not paths:
@@ -74,32 +72,23 @@ def require_files(files: ImageFiles, advice: str) -> None:
     """Raise `ValueError` if files are absent, with their number, the first names and the advice. None is opened."""
     missing = [path for path in files.paths if not os.path.isfile(os.path.join(files.root, path))]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(files)} listed images are missing below {files.root}: {_some(missing)}. {advice}"
-        )
+        problem = f"{len(missing)} of {len(files)} listed images are missing below {files.root}"
+        raise ValueError(f"{problem}: {_some(missing)}. {advice}")
 
 
 def find_unreadable(files: ImageFiles) -> dict[str, str]:
     """Open every image and return the paths of those that cannot be used, with the reason."""
-
-    def problem(i: int) -> str:
-        try:
-            files[i]
-        except ValueError as error:
-            return str(error)
-        return ""
-
     with ThreadPoolExecutor(count_cores()) as threads:
-        reasons = threads.map(problem, range(len(files)))
-        return {path: reason for path, reason in zip(files.paths, reasons, strict=True) if reason}
+        jobs = [threads.submit(lambda i: files[i].close(), i) for i in range(len(files))]
+    return {path: str(job.exception()) for path, job in zip(files.paths, jobs, strict=True) if job.exception()}
 
 
 def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
     """The images in a folder and the folders inside it, as an unlabelled set; ids are their paths in it.
 
-    Hidden files and folders are skipped. Files are chosen by ending or by their first bytes, and opened when needed.
-    What has an image's ending and is no regular file is skipped with a warning, as are folders that lead in a circle.
-    Training sees the images at `size` pixels a side.
+    Hidden files and folders are skipped. Files are chosen by ending or by their first bytes, and opened when needed, at
+    `size` pixels a side. What has an image's ending and is no regular file is skipped with a warning, as are folders
+    that lead in a circle.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -116,10 +105,8 @@ def folder_images(folder: str | Path, size: int = 224) -> ImageSet:
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images below a folder, in no order, and what was skipped. Each folder is entered once, links last."""
-    images: list[Path] = []
-    skipped: list[Path] = []
-    folders, links, entered = [folder], list[Path](), set[str]()
-    while waiting := folders or links:
+    images, skipped, waiting, entered = list[Path](), list[Path](), [folder], set[str]()
+    while waiting:
         place = waiting.pop()
         try:
             if (real := os.path.realpath(place)) in entered:
@@ -132,7 +119,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
                 elif known:
                     skipped.append(path)
                 elif path.is_dir():
-                    (links if path.is_symlink() else folders).append(path)
+                    waiting.insert(0 if path.is_symlink() else len(waiting), path)
         except OSError:
             skipped.append(place)
     return images, sorted(skipped)

@@ -94,11 +94,10 @@ class ImageSet:
 
     def checksum(self) -> str:
         """sha256 of pixels (for files: of size and names) and labels."""
-        if isinstance(self.images, ImageFiles):
-            text = "\n".join([str(self.images.size), *self.images.paths])
-            digest = hashlib.sha256(text.encode(errors="surrogateescape"))
-        else:
-            digest = hashlib.sha256(self.images.data)
+        content: Any = self.images
+        if isinstance(content, ImageFiles):
+            content = "\n".join([str(content.size), *content.paths]).encode(errors="surrogateescape")
+        digest = hashlib.sha256(content)
         digest.update(np.ascontiguousarray(self.labels, dtype="<i8").data)
         return digest.hexdigest()
 
@@ -110,32 +109,24 @@ class ImageSet:
         names, owner = tuple(getattr(other, "names", ())), getattr(other, "origin", "the model")
         if names and names != self.names:
             mine, theirs = next(pair for pair in zip_longest(self.names, names) if pair[0] != pair[1])
-            raise ValueError(
-                f"{self.origin} and {owner} must have the same class names in the same order; the first difference is "
-                f"{mine!r} and {theirs!r}"
-            )
+            rule = f"{self.origin} and {owner} must have the same class names in the same order"
+            raise ValueError(f"{rule}; the first difference is {mine!r} and {theirs!r}")
 
 
 def _three_channels(images: np.ndarray) -> np.ndarray:
     shaped = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or shaped.ndim != 4 or shaped.shape[3] not in (1, 3) or 0 in shaped.shape[1:]:
-        raise ValueError(
-            f"images must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W); these are {images.dtype} of shape "
-            f"{images.shape}: move channels to the end, scale values to 0..255"
-        )
+        rule = "images must be uint8 of shape (N, H, W, 3) or (N, H, W): move channels to the end, scale to 0..255"
+        raise ValueError(f"{rule}; these are {images.dtype} of shape {images.shape}")
     return np.ascontiguousarray(np.repeat(shaped, 3, axis=3) if shaped.shape[3] == 1 else shaped)
 
 
 def _class_numbers(labels: np.ndarray, num_classes: int) -> np.ndarray:
     if labels.size and labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels must be whole numbers, such as int64; these are {labels.dtype}, the first is {labels.flat[0]!r}"
-        )
+        raise ValueError(f"labels must be whole numbers; these are {labels.dtype}, the first is {labels.flat[0]!r}")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, one class name each; "
-            f"these run from {labels.min()} to {labels.max()}"
-        )
+        rule = f"labels must lie in 0..{num_classes - 1}, one class name each"
+        raise ValueError(f"{rule}; these run from {labels.min()} to {labels.max()}")
     return labels.astype(np.int64, copy=False)
 
 

@@ -17,10 +17,7 @@ def long_tail_counts(num_classes: int, max_per_class: int, imbalance_factor: flo
         raise ValueError(f"a long tail needs a class and an image; got {num_classes} classes of {max_per_class} images")
     if not imbalance_factor >= 1:
         hint = f". Did you mean {1 / imbalance_factor:g}?" if imbalance_factor > 0 else ""
-        raise ValueError(
-            f"imbalance_factor is the largest class over the smallest, at least 1 (1 = balanced); "
-            f"got {imbalance_factor}{hint}"
-        )
+        raise ValueError(f"imbalance_factor is largest over smallest class, at least 1; got {imbalance_factor}{hint}")
     steps = max(num_classes - 1, 1)
     return [int(max_per_class * (1 / imbalance_factor) ** (c / steps)) for c in range(num_classes)]
 
@@ -28,31 +25,25 @@ def long_tail_counts(num_classes: int, max_per_class: int, imbalance_factor: flo
 def long_tail_subset(labels: np.ndarray, num_classes: int, imbalance_factor: float, seed: int) -> np.ndarray:
     """Indices, rising, of a random subset with `long_tail_counts` images of each class: int64 (n,).
 
-    Class 0 keeps as many images as the smallest class has, so a balanced set keeps all of it. A tail that rounds down
-    to no image is a `ValueError`.
+    Class 0 keeps as many images as the smallest class has, so a balanced set keeps all of it.
     """
-    available = count_labels(labels, num_classes)
+    available = np.bincount(labels, minlength=num_classes)
     if available.min() == 0:
-        raise ValueError(
-            f"every class needs an image; num_classes is {num_classes}, and classes "
-            f"{np.flatnonzero(available == 0).tolist()[:10]} have none in these {len(labels)} labels"
-        )
+        empty = np.flatnonzero(available == 0)[:10].tolist()
+        raise ValueError(f"every class needs an image; num_classes is {num_classes}, and classes {empty} have none")
     counts = long_tail_counts(num_classes, int(available.min()), imbalance_factor)
     if counts[-1] == 0:
-        raise ValueError(
-            f"imbalance_factor {imbalance_factor} leaves the last class without an image: the first has {counts[0]}; "
-            f"use at most {counts[0]}"
-        )
+        problem = f"imbalance_factor {imbalance_factor} leaves the last class without an image"
+        raise ValueError(f"{problem}: the first has {counts[0]}; use at most {counts[0]}")
     return _draw(labels, counts, numpy_generator(seed, "long tail"))
 
 
 def balanced_subset(labels: np.ndarray, num_classes: int, total: int, seed: int) -> np.ndarray:
     """Indices, rising, of `total` random images, as many of each class (one more of the first): int64 (n,)."""
     counts = [total // num_classes + (c < total % num_classes) for c in range(num_classes)]
-    smallest = count_labels(labels, num_classes).min()
+    smallest = np.bincount(labels, minlength=num_classes).min()
     if smallest < max(counts):
-        most = f"{total} images over {num_classes} classes are up to {max(counts)} of each"
-        raise ValueError(f"{most}; the smallest class has {smallest}")
+        raise ValueError(f"{total} images need {max(counts)} of each class; the smallest class has {smallest}")
     return _draw(labels, counts, numpy_generator(seed, "balanced"))
 
 
@@ -62,18 +53,8 @@ def few_labels(labels: np.ndarray, num_classes: int, share: float, seed: int) ->
         raise ValueError(f"share must lie in (0, 1]; got {share}")
     total = round(share * len(labels))
     if total < num_classes:
-        raise ValueError(
-            f"a share of {share} of {len(labels)} images is {total}, less than one for each of {num_classes} classes"
-        )
+        raise ValueError(f"a share of {share} is {total}, less than one for each of {num_classes} classes")
     return balanced_subset(labels, num_classes, total, seed)
-
-
-def count_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Images a class: int64 (C,). Labels outside the classes are a `ValueError`."""
-    labels = np.asarray(labels)
-    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}; these run from {labels.min()} to {labels.max()}")
-    return np.bincount(labels, minlength=num_classes)
 
 
 def _draw(labels: np.ndarray, counts: list[int], rng: np.random.Generator) -> np.ndarray:

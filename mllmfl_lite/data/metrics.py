@@ -46,10 +46,9 @@ def metrics_from_confusion(confusion: np.ndarray, groups: dict[str, list[int]]) 
 def evaluate_model(
     model: nn.Module, test: ImageSet, train_counts: np.ndarray, device: torch.device | str = "cpu"
 ) -> dict:
-    """`metrics_from_confusion` of a model on `test`; the model is moved to the device.
+    """`metrics_from_confusion` of a model on `test`; the clients' images a class (C,) make the class groups.
 
-    The clients' images a class, `train_counts` (C,), make the class groups. A test set without images, or of other
-    classes than the model knows by name, is a `ValueError`.
+    The model is moved to the device. No test images, or other classes than the model's, are a `ValueError`.
     """
     test.require_same_classes(model)
     guesses = predict(model.to(device), open_batches(test, device)).cpu().numpy()
@@ -58,10 +57,7 @@ def evaluate_model(
 
 
 def summarise(history: list[dict], last: int = 10) -> dict:
-    """The reported figures: every metric as its mean over the last `last` rounds.
-
-    `best_top1` is the best of all rounds (optimistic), for comparison with reports that use it.
-    """
+    """Every metric as its mean over the last rounds; `best_top1`, which papers report, is the best of all rounds."""
     tested = [record["metrics"] for record in history if record["metrics"]]
     final = [record["metrics"] for record in history[-last:] if record["metrics"]]
     return {

@@ -29,14 +29,11 @@ def iid(labels: np.ndarray, num_clients: int, seed: int) -> Split:
 def one_class_per_client(labels: np.ndarray, num_clients: int, seed: int) -> Split:
     """Give client k images of class ``k % C`` only; clients of a class share it. For teaching.
 
-    Raises:
-        ValueError: fewer clients than classes (images would be lost), or more clients on a class than it has images.
+    Fewer clients than classes, or more clients on a class than it has images, are a `ValueError`.
     """
     classes = np.unique(labels)
     if num_clients < len(classes):
-        raise ValueError(
-            f"one class a client needs a client for each of the {len(classes)} classes; got {num_clients} clients"
-        )
+        raise ValueError(f"one class a client needs a client for each of the {len(classes)} classes; got {num_clients}")
     rng = numpy_generator(seed, "one class")
     split: Split = [np.empty(0, np.int64)] * num_clients
     for position, c in enumerate(classes):
@@ -52,10 +49,7 @@ def dirichlet(
     """Deal each class to the clients in proportions drawn from Dirichlet(alpha) (Yurochkin et al., 2019).
 
     Small `alpha`: a client sees few classes, and clients differ in size. Large `alpha`: close to IID. The whole draw
-    is repeated until every client holds `min_per_client` images.
-
-    Raises:
-        ValueError: `alpha` not positive, more clients than images, or no draw that fills every client.
+    is repeated until every client holds `min_per_client` images; after `max_draws` that is a `ValueError`.
     """
     _check_clients(labels, num_clients, min_per_client)
     rng = numpy_generator(seed, "dirichlet")
@@ -74,9 +68,6 @@ def dirichlet_equal(labels: np.ndarray, num_clients: int, alpha: float, seed: in
 
     Capped: classes are dealt in order, and a client that has reached the mean size takes no more. So the last classes
     fall to few clients. ``capped=False`` cuts only.
-
-    Raises:
-        ValueError: `alpha` not positive, or more clients than images.
     """
     _check_clients(labels, num_clients)
     joined = np.concatenate(_deal(labels, num_clients, alpha, numpy_generator(seed, "dirichlet"), capped))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
@@ -53,8 +55,7 @@ def overlap(**sets: ImageSet) -> dict[str, int]:
     with loss. On CIFAR such copies differ by at most 1.3, other pairs by at least 4.3.
     """
     means = {name: _block_means(data) for name, data in sets.items() if not isinstance(data.images, ImageFiles)}
-    names = list(means)
-    return {f"{a} and {b}": _near(means[a], means[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
+    return {f"{a} and {b}": _near(means[a], means[b]) for a, b in itertools.combinations(means, 2)}
 
 
 def _block_means(data: ImageSet) -> torch.Tensor:

@@ -19,22 +19,22 @@ CUTOUT = 16  # pixels a side of the blank square (DeVries & Taylor, 2017)
 POLICIES = AutoAugment(AutoAugmentPolicy.CIFAR10).policies  # 25 pairs of (operation, probability, level 0..9)
 
 
-def _affine(x: Tensor, translate: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-    return F.affine(x, 0.0, list(translate), 1.0, list(shear), center=[0, 0] if any(shear) else None)
+def _shear(x: Tensor, *slopes: float) -> Tensor:
+    return F.affine(x, 0.0, [0, 0], 1.0, [math.degrees(math.atan(slope)) for slope in slopes], center=[0, 0])
 
 
-def _slope(magnitude: float) -> float:
-    return math.degrees(math.atan(magnitude))
+def _move(x: Tensor, *pixels: float) -> Tensor:
+    return F.affine(x, 0.0, list(map(int, pixels)), 1.0, [0.0, 0.0])
 
 
 # Each operation on images uint8 (B, 3, H, W), with the strength at level 9; strengths grow in equal steps from 0.
 # "signed" ones go both ways.
 Operation = Callable[[Tensor, float], Tensor]
 SIGNED: dict[str, tuple[Operation, float]] = {
-    "ShearX": (lambda x, m: _affine(x, shear=(_slope(m), 0.0)), 0.3),
-    "ShearY": (lambda x, m: _affine(x, shear=(0.0, _slope(m))), 0.3),
-    "TranslateX": (lambda x, m: _affine(x, (int(m * x.shape[3]), 0)), 150 / 331),
-    "TranslateY": (lambda x, m: _affine(x, (0, int(m * x.shape[2]))), 150 / 331),
+    "ShearX": (lambda x, m: _shear(x, m, 0), 0.3),
+    "ShearY": (lambda x, m: _shear(x, 0, m), 0.3),
+    "TranslateX": (lambda x, m: _move(x, m * x.shape[3], 0), 150 / 331),
+    "TranslateY": (lambda x, m: _move(x, 0, m * x.shape[2]), 150 / 331),
     "Rotate": (F.rotate, 30.0),
     "Brightness": (lambda x, m: F.adjust_brightness(x, 1 + m), 0.9),
     "Color": (lambda x, m: F.adjust_saturation(x, 1 + m), 0.9),
@@ -79,8 +79,6 @@ def strong_views(batches: Batches, rows: Tensor, generator: torch.Generator) -> 
 
 def _square(centre: Tensor, sides: torch.Size) -> Tensor:
     """Mark a square around each centre (2, B), as much of it as lies inside: bool (B, 1, H, W)."""
-    near = []
-    for side, middle in zip(sides, centre, strict=True):
-        away = torch.arange(side, device=centre.device) - middle[:, None]
-        near.append((away >= -CUTOUT // 2) & (away < CUTOUT // 2))
-    return near[0][:, None, :, None] & near[1][:, None, None, :]
+    down, right = (torch.arange(side, device=c.device) - c[:, None] for side, c in zip(sides, centre, strict=True))
+    rows, columns = ((away >= -CUTOUT // 2) & (away < CUTOUT // 2) for away in (down, right))
+    return rows[:, None, :, None] & columns[:, None, None, :]

@@ -1,17 +1,14 @@
 """Federated learning: methods, the client's half, the server's loop."""
 
 from mllmfl_lite.federated.aggregate import ClientResult, State, weighted_mean
-from mllmfl_lite.federated.balanced_softmax import BalancedSoftmax
 from mllmfl_lite.federated.clients import ClientDiverged, Task, Workers, client_step, train_client
 from mllmfl_lite.federated.clip2fl import CLIP2FL
 from mllmfl_lite.federated.creff import CReFF
-from mllmfl_lite.federated.each_round import AlignEachRound
-from mllmfl_lite.federated.feddf import FedDF
 from mllmfl_lite.federated.federation import Federation, choose_clients
-from mllmfl_lite.federated.fednpc import FedNPC
 from mllmfl_lite.federated.fedyoyo import FedYoYo
-from mllmfl_lite.federated.methods import FedAvg, FedAvgM, FedProx, FedSettings
+from mllmfl_lite.federated.methods import BalancedSoftmax, FedAvg, FedAvgM, FedProx, FedSettings
 from mllmfl_lite.federated.rounds import Ask, FedResult, run_federated
+from mllmfl_lite.federated.server_steps import AlignEachRound, FedDF, FedNPC
 
 METHODS: dict[str, type[FedAvg]] = {
     "fedavg": FedAvg,

@@ -37,9 +37,7 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
     """Weighted mean of whole states, entry by entry (McMahan et al., 2017, Algorithm 1: weights are image counts n_k).
 
     Sums run in float64 and in list order. Integer entries (BatchNorm's step counter) are rounded and stay integers.
-
-    Raises:
-        ValueError: no states, weights that do not fit, are negative or all zero, or states of different shapes.
+    Weights that are negative or all zero, and states of different shapes, are a `ValueError`.
     """
     if not states or len(states) != len(weights) or not sum(weights) > 0 or min(weights) < 0:
         raise ValueError(
@@ -49,14 +47,13 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
     shapes = [{name: t.shape for name, t in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("states to be averaged must have the same names and shapes; they come from different models")
-    total = sum(weights)
-    return {name: _mean_entry([s[name] for s in states], [w / total for w in weights]) for name in states[0]}
-
-
-def _mean_entry(tensors: list[Tensor], shares: list[float]) -> Tensor:
-    zero = torch.zeros_like(tensors[0], dtype=torch.float64)
-    mean = sum((t.double() * share for t, share in zip(tensors, shares, strict=True)), zero)
-    return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
+    total, mean = sum(weights), {}
+    for name, first in states[0].items():
+        entry = torch.zeros_like(first, dtype=torch.float64)
+        for state, weight in zip(states, weights, strict=True):
+            entry += state[name].double() * (weight / total)
+        mean[name] = (entry if first.is_floating_point() else entry.round()).to(first.dtype)
+    return mean
 
 
 def accept(
@@ -102,7 +99,7 @@ def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dic
     """Clients whose update is absurdly large: more than `NORM_FACTOR` times the round's median, with the reason.
 
     Norms of weights and of BatchNorm statistics are compared apart, each divided by the root of the client's local
-    steps (a random walk grows so). The median is the lower one. A single client has nothing to be compared with.
+    steps (a random walk grows so). The median is the lower one.
     """
     reasons: dict[int, str] = {}
     ceiling = f"as far a step as the round's median; at most {NORM_FACTOR:g} times is accepted"

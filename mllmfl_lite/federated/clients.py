@@ -50,10 +50,8 @@ def train_client(
     """Train locally, in place: E epochs of plain SGD on one client's images, from the global weights.
 
     `model` is any of the right shape; `batches` has all training images, `indices` (n_k,) are the client's. Draws
-    depend on (seed, round, client, epoch) alone. Returns the mean loss over all images of all steps.
-
-    Raises:
-        ClientDiverged: the loss or a weight is not finite.
+    depend on (seed, round, client, epoch) alone. Returns the mean loss over all images of all steps; a loss or weight
+    that is not finite is a `ClientDiverged`.
     """
     model.load_state_dict(task.state)
     model.train()
@@ -71,9 +69,7 @@ def train_client(
             loss.backward()
             optimizer.step()
             total += loss.detach().double() * len(part)
-        if not torch.isfinite(total):
-            raise ClientDiverged(task.client, task.round)
-    if not all_finite(model.parameters()):
+    if not all_finite((total, *model.parameters())):
         raise ClientDiverged(task.client, task.round)
     return total.item() / (settings.local_epochs * len(indices))
 
@@ -88,28 +84,23 @@ def client_step(
     return ClientResult({name: t.clone() for name, t in model.state_dict().items()}, extra, loss)
 
 
-class Workers:
-    """Threads with one torch thread and one model each.
+class Workers(ThreadPoolExecutor):
+    """Threads with one model and one torch thread each, so that results are bit-equal for any number of workers.
 
-    torch releases Python's lock inside its kernels, so clients train in parallel. With one torch thread a worker,
-    results are bit-equal for any number of workers. It also avoids a crash of torch 2.15 on CPUs (backward pass of a
-    strided 1x1 convolution, two threads).
+    Torch 2.15's backward pass of a strided 1x1 convolution may crash on CPUs with two threads.
     """
 
     def __init__(self, model: CompactModel, count: int):
         self._model, self._local = model, threading.local()
-        self._pool = ThreadPoolExecutor(count, initializer=self._start)
+        super().__init__(count, initializer=self._start)
 
     def _start(self) -> None:
         torch.set_num_threads(1)
         self._local.model = copy.deepcopy(self._model).to(memory_format=torch.channels_last)
 
-    def submit(self, task: Callable, *args: object) -> Future:
+    def start(self, task: Callable, *args: object) -> Future:
         """Run ``task(model, *args)`` on a worker, with that worker's model."""
-        return self._pool.submit(lambda: task(self._local.model, *args))
-
-    def __enter__(self) -> Workers:
-        return self
+        return self.submit(lambda: task(self._local.model, *args))
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.shutdown(cancel_futures=True)

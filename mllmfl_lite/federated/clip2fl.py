@@ -40,22 +40,16 @@ class CLIP2FL(CReFF):
     contrast_temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        columns, rows = self.clip_logits.shape[1], len(self.text_features)
-        if columns != rows:
+        if (columns := self.clip_logits.shape[1]) != (rows := len(self.text_features)):
             raise ValueError(f"clip_logits needs a column a class, text_features a row; there are {columns} and {rows}")
 
     @classmethod
     def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: Any) -> CLIP2FL:
         """Ask that teacher (default: the bundled one) about images and class names; the folder caches its answers."""
         teacher = load_zero_shot(clip or "tiny_clip")
-        flops, size = teacher.image_cost()
-        return cls(
-            clip_logits=ask_teacher(teacher, train, train.names, folder, "class_logits"),
-            text_features=teacher.class_features(train.names),
-            clip_flops=flops,
-            clip_bytes=size,
-            **options,
-        )
+        logits = ask_teacher(teacher, train, train.names, folder, "class_logits")
+        words, (flops, size) = teacher.class_features(train.names), teacher.image_cost()
+        return cls(clip_logits=logits, text_features=words, clip_flops=flops, clip_bytes=size, **options)
 
     def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
         """Cross-entropy and the distillation of CLIP's answer."""
@@ -69,10 +63,6 @@ class CLIP2FL(CReFF):
         shape = (self.text_features.shape[1], width)
         start = (torch.rand(shape, generator=generator) * 2 - 1) * width**-0.5
         return {**server_state, "map": start.to(server_state["features"])}
-
-    def other_trained(self, server_state: State) -> State:
-        """The linear map."""
-        return {"map": server_state["map"]}
 
     def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
         """The prototypes' contrastive loss, weighted."""

@@ -50,7 +50,7 @@ class CReFF(FedAvg):
     """Classifier re-training with federated features (Shang et al., 2022).
 
     Each round a client also sends the mean gradient of the head on its own features, for each class that it holds. The
-    server optimises synthetic features until they give the same gradients. It trains a fresh head on them, with equal
+    server optimises synthetic features until they give the same gradients, and trains a fresh head on them, with equal
     numbers a class. The averaged body with that head is tested; the averaged model with its own head goes on.
 
     Our reading: gradients are taken in evaluation mode, at the last round's retrained head; the mean over clients is
@@ -121,7 +121,8 @@ class CReFF(FedAvg):
     def _match(self, server_state: State, wanted: Tensor, present: Tensor, head: list[Tensor]) -> State:
         """Optimise features of the classes `present` (k,) towards the gradients `wanted` (k, C, D + 1)."""
         moved = server_state["features"][present].clone().requires_grad_()
-        others = {name: t.clone().requires_grad_() for name, t in self.other_trained(server_state).items()}
+        rest = server_state.keys() - {"features", *HEAD}  # what else a method optimises with the features
+        others = {name: server_state[name].clone().requires_grad_() for name in sorted(rest)}
         free = [moved, *others.values()]
         labels = present[:, None].expand(-1, self.per_class)
         some = max(1, MATCHED // wanted[0].numel())  # classes at once: this bounds the memory used
@@ -136,10 +137,6 @@ class CReFF(FedAvg):
         features[present] = moved.detach()
         return {"features": features, **{name: t.detach() for name, t in others.items()}}
 
-    def other_trained(self, server_state: State) -> State:
-        """Other tensors to optimise with the features."""
-        return {}
-
     def other_loss(self, features: Tensor, classes: Tensor, trained: State) -> Tensor:
         """A further term of the server's loss; none."""
         return 0 * features.sum()
@@ -147,8 +144,8 @@ class CReFF(FedAvg):
     def _fresh_head(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         classes, count, width = features.shape
         rows, labels = features.flatten(0, 1), torch.arange(classes, device=features.device).repeat_interleave(count)
-        both = (torch.rand(classes, width + 1, generator=generator) * 2 - 1) * width**-0.5  # as torch's linear layer
-        both = both.to(features)  # weight and bias
+        start = (torch.rand(classes, width + 1, generator=generator) * 2 - 1) * width**-0.5  # as torch's linear layer
+        both = start.to(features)  # weight and bias
         with torch.no_grad():
             for _ in range(self.head_epochs):
                 for part in torch.randperm(len(rows), generator=generator).to(rows.device).split(self.head_batch):

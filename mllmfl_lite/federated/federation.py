@@ -38,10 +38,7 @@ def check_run(
     train, split, test = federation
     strong = settings.augment == "strong" or getattr(method, "strong_views", False)
     if strong and isinstance(train.images, ImageFiles):
-        raise ValueError(
-            "strong augmentation is for images in memory (CIFAR), not in files; use federated.augment 'weak' and a "
-            "method without strong views"
-        )
+        raise ValueError("strong views are for images in memory; use federated.augment 'weak' and another method")
     check_split(split)
     low, high = min(indices.min() for indices in split), max(indices.max() for indices in split)
     if not 0 <= low <= high < len(train):
@@ -51,29 +48,19 @@ def check_run(
     if len(test) == 0:
         raise ValueError("the test set has no images")
     train.require_same_classes(test)
-    if train.num_classes != model.head.out_features:
-        raise ValueError(
-            f"{train.origin} has {train.num_classes} classes, the model's head {model.head.out_features}; "
-            "build the model with num_classes of the data"
-        )
     train.require_same_classes(model)
+    if train.num_classes != model.head.out_features:
+        raise ValueError(f"{train.origin} has {train.num_classes} classes, the model's head {model.head.out_features}")
     single = [k for k, indices in enumerate(split) if (len(indices) - 1) % settings.batch_size == 0]
-    if settings.rounds and single and not _trains_on_one(model, train):
-        raise ValueError(
-            f"client {single[0]} has {len(split[single[0]])} images, so its last batch holds a single one, and "
-            f"this model's BatchNorm needs two; change batch_size ({settings.batch_size}), or use larger images"
-        )
-
-
-def _trains_on_one(model: CompactModel, train: ImageSet) -> bool:
-    """Return False if BatchNorm refuses a batch of one image of this set."""
-    probe = copy.deepcopy(model).train()
-    try:
-        with torch.no_grad():
-            probe(open_batches(train.subset(np.arange(1))).plain(torch.zeros(1, dtype=torch.int64)))
-    except ValueError:
-        return False
-    return True
+    if settings.rounds and single:
+        one = open_batches(train.subset(np.arange(1))).plain(torch.zeros(1, dtype=torch.int64))
+        try:
+            copy.deepcopy(model).train()(one)
+        except ValueError as error:  # of BatchNorm
+            raise ValueError(
+                f"client {single[0]} has {len(split[single[0]])} images, so its last batch holds a single one, and "
+                f"this model's BatchNorm needs two; change batch_size ({settings.batch_size}), or use larger images"
+            ) from error
 
 
 def identity_of(model: CompactModel, federation: Federation, method: FedAvg, settings: FedSettings, seed: int) -> dict:

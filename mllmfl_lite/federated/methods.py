@@ -1,4 +1,4 @@
-"""Federated methods: FedAvg, and the hooks by which others differ from it.
+"""Federated methods: FedAvg, the hooks by which others differ from it, and those that change one line of it.
 
 A method is a loss on the client, an upload beside the weights, and an update on the server. Other methods inherit from
 `FedAvg` and override what differs. The drawn clients and their batches are the same for all.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 
 from mllmfl_lite.data.batches import Batches
@@ -75,17 +75,21 @@ class FedAvg:
         return replace(self, **tensors) if tensors else self
 
     def identity(self) -> dict:
-        """Name and numbers as plain JSON; equal for equal methods."""
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        plain = {name: sha256_arrays([v.cpu().numpy()]) if isinstance(v, Tensor) else v for name, v in values}
-        return {"name": type(self).__name__, **plain}
+        """Name, numbers and checksums of images and tensors as plain JSON; equal for equal methods."""
+        plain: dict[str, Any] = {"name": type(self).__name__}
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if isinstance(value, Tensor):
+                plain[name] = sha256_arrays([value.cpu().numpy()])
+            elif not isinstance(value, CompactModel):  # its weights are loaded before each use
+                plain[name] = value.checksum() if isinstance(value, ImageSet) else value
+        return plain
 
     def broadcast(self, server_state: State) -> State:
         """What the server sends beside the weights."""
         return {}
 
     def upload(
-        self, model: CompactModel, batches: Batches, indices: Tensor, received: State, generator: torch.Generator
+        self, model: CompactModel, batches: Batches, indices: Tensor, received: State, generator: Generator
     ) -> State:
         """What a client sends beside its weights, computed before it trains.
 
@@ -102,9 +106,7 @@ class FedAvg:
         """What trains one client in one round (its `views` and `local_loss`); arguments as for `upload`."""
         return self
 
-    def views(
-        self, batches: Batches, parts: list[Tensor], generator: torch.Generator, augment: str
-    ) -> Iterator[Tensor]:
+    def views(self, batches: Batches, parts: list[Tensor], generator: Generator, augment: str) -> Iterator[Tensor]:
         """The images x of `local_loss` for each run of indices."""
         if augment == "weak":
             return batches.stream(parts, generator)
@@ -117,21 +119,18 @@ class FedAvg:
         """
         return cross_entropy(model(x), y)
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: torch.Generator) -> State:
+    def aggregate(self, states: list[State], sizes: list[int], generator: Generator) -> State:
         """Combine the clients' weights; `sizes` are their numbers of images."""
         return weighted_mean(states, sizes)
 
-    def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
+    def init_server_state(self, parameters: State, generator: Generator) -> State:
         """Tensors that the server keeps from round to round beside the weights."""
         return {}
 
     def server_update(
-        self, state: State, mean: State, server_state: State, uploads: list[State], generator: torch.Generator
+        self, state: State, mean: State, server_state: State, uploads: list[State], generator: Generator
     ) -> tuple[State, State]:
-        """Return the new global weights and server state.
-
-        `state` are the weights that the round started from, `mean` is what `aggregate` returned.
-        """
+        """New global weights and server state, from the round's first weights `state` and the `mean` of `aggregate`."""
         return mean, server_state
 
     def deployed(self, state: State, server_state: State) -> State:
@@ -161,13 +160,35 @@ class FedAvgM(FedAvg):
     momentum: float = 0.9
     server_lr: float = 1.0
 
-    def init_server_state(self, parameters: State, generator: torch.Generator) -> State:
+    def init_server_state(self, parameters: State, generator: Generator) -> State:
         """The velocity: zero for each parameter."""
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     def server_update(
-        self, state: State, mean: State, server_state: State, uploads: list[State], generator: torch.Generator
+        self, state: State, mean: State, server_state: State, uploads: list[State], generator: Generator
     ) -> tuple[State, State]:
         """One step of momentum along ``state - mean``."""
         velocity = {name: self.momentum * v + (state[name] - mean[name]) for name, v in server_state.items()}
         return {**mean, **{name: state[name] - self.server_lr * v for name, v in velocity.items()}}, velocity
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedSoftmax(FedAvg):
+    """FedAvg whose clients minimise ``CE(logits + tau * log(shares), y)`` (Ren et al., 2020; Menon et al., 2021).
+
+    `shares` are the classes' shares of all clients' images together: each client must tell its class counts once.
+    `for_clients` counts them. The plain logits are tested.
+    """
+
+    shares: Tensor  #: (C,), sum 1
+    tau: float = 1.0
+
+    @classmethod
+    def for_clients(cls, train: ImageSet, clip: str = "", folder: str | Path = "", **options: Any) -> BalancedSoftmax:
+        """Count the clients' classes; none of them counts as empty, so that its logit stays finite."""
+        counts = torch.from_numpy(train.class_counts()).float().clamp(min=1)
+        return cls(shares=counts / counts.sum(), **options)
+
+    def local_loss(self, model: CompactModel, x: Tensor, y: Tensor, rows: Tensor, anchor: State) -> Tensor:
+        """Cross-entropy of the adjusted logits."""
+        return cross_entropy(model(x) + self.tau * self.shares.log(), y)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllmfl_lite.checkpoint import CheckpointError, RunFolder
+from mllmfl_lite.checkpoint import CheckpointError, RunFolder, within
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.data.longtail import class_groups
 from mllmfl_lite.data.metrics import confusion_matrix, metrics_from_confusion, predict
@@ -105,7 +105,9 @@ class _Rounds:
                 state, server_state, record = self._round(ask or self._ask_threads, state, server_state, round_)
                 history.append(record)
                 if folder:
-                    folder.save(round_, _pack(state, server_state), history)
+                    tensors = {f"model.{name}": t for name, t in state.items()}
+                    tensors |= {f"server.{name}": t for name, t in server_state.items()}
+                    folder.save(round_, tensors, history)
         return FedResult(state, self.method.deployed(state, server_state), history)
 
     def _start(self, folder: RunFolder | None) -> tuple[int, State, State, list[dict]]:
@@ -121,7 +123,7 @@ class _Rounds:
                 f"{self.settings.rounds}, or choose another folder"
             )
         tensors = {name: t.to(self.device) for name, t in tensors.items()}
-        return done, _unpack(tensors, "model."), _unpack(tensors, "server."), history
+        return done, within(tensors, "model."), within(tensors, "server."), history
 
     def _round(self, ask: Ask, state: State, server_state: State, round_: int) -> tuple[State, State, dict]:
         """Weights, server state and record after the round."""
@@ -139,36 +141,31 @@ class _Rounds:
                 f"no client sent a sound result in round {round_}: {left_out}. Nothing was trained in this round and "
                 "nothing is saved; see that clients are connected and numbered from 0, then start again"
             )
-        state, server_state = self.workers.submit(self._server, state, server_state, results, round_).result()
+        state, server_state = self.workers.submit(self._update, state, server_state, results, round_).result()
         sizes = [len(self.split[client]) for client in results]
-        tested = self.settings.evaluates(round_)
         record = {
             "round": round_,
             "clients": list(results),
             **({"left_out": {str(client): reason for client, reason in left_out.items()}} if left_out else {}),
             "train_loss": float(np.average([result.loss for result in results.values()], weights=sizes)),
-            "metrics": self._evaluate(self.method.deployed(state, server_state)) if tested else None,
+            "metrics": self._evaluate(state, server_state) if self.settings.evaluates(round_) else None,
         }
         return state, server_state, {**record, "seconds": round(time.perf_counter() - started, 3)}
 
     def _ask_threads(self, state: State, received: State, round_: int, chosen: list[int]) -> Answers:
-        def train(model: CompactModel, client: int) -> ClientResult:
-            task = Task(state, received, round_, client, self.seed)
-            part = self.split[client]
-            return client_step(model, self.train, part, self.method, self.settings, task)  # type: ignore[arg-type]
-
         jobs = {}
         for client in sorted(chosen, key=lambda client: -len(self.split[client])):  # longest first
-            jobs[client] = self.workers.submit(train, client)
+            parts = (self.train, self.split[client], self.method, self.settings)
+            jobs[client] = self.workers.start(client_step, *parts, Task(state, received, round_, client, self.seed))
             jobs[client].add_done_callback(lambda _: self.bar.update())
         return {client: jobs[client].result() for client in chosen}, {}
 
-    def _server(
-        self, model: CompactModel, state: State, server_state: State, results: dict[int, ClientResult], round_: int
+    def _update(
+        self, state: State, server_state: State, results: dict[int, ClientResult], round_: int
     ) -> tuple[State, State]:
-        sizes = [len(self.split[client]) for client in results]
-        uploads, generator = [result.extra for result in results.values()], torch_generator(self.seed, "server", round_)
+        generator, sizes = torch_generator(self.seed, "server", round_), [len(self.split[client]) for client in results]
         mean = self.method.aggregate([result.state for result in results.values()], sizes, generator)
+        uploads = [result.extra for result in results.values()]
         state, server_state = self.method.server_update(state, mean, server_state, uploads, generator)
         if not all_finite((*state.values(), *server_state.values())):
             raise ValueError(
@@ -177,22 +174,16 @@ class _Rounds:
             )
         return state, server_state
 
-    def _evaluate(self, state: State) -> dict:
+    def _evaluate(self, state: State, server_state: State) -> dict:
+        weights = self.method.deployed(state, server_state)
+
         def test_part(model: CompactModel, part: Tensor) -> Tensor:
-            model.load_state_dict(state)
+            model.load_state_dict(weights)
             return predict(model, self.test, part)
 
         parts = torch.arange(len(self.test), device=self.device).split(EVAL_PART)
-        predictions = torch.cat([job.result() for job in [self.workers.submit(test_part, part) for part in parts]])
+        predictions = torch.cat([job.result() for job in [self.workers.start(test_part, part) for part in parts]])
         confusion = confusion_matrix(self.truth, predictions.cpu().numpy(), self.num_classes)
         metrics = metrics_from_confusion(confusion, self.groups)
         self.bar.set_postfix_str(f"top-1 {metrics['top1']:.1%}", refresh=False)
         return metrics
-
-
-def _pack(state: State, server_state: State) -> State:
-    return {**{f"model.{n}": t for n, t in state.items()}, **{f"server.{n}": t for n, t in server_state.items()}}
-
-
-def _unpack(tensors: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.checkpoint import RunFolder, within
 from mllmfl_lite.data.folders import find_unreadable
 from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.models import CompactModel
@@ -227,12 +227,8 @@ class _Run:
 
     def _restore(self, found: tuple, optimizer: Optimizer) -> None:
         _, tensors, record = found
-        self.encoder.load_state_dict(_within(tensors, "encoder."))
+        self.encoder.load_state_dict(within(tensors, "encoder."))
         state = optimizer.state_dict()
-        state["state"] = {i: _within(tensors, f"optimizer.{i}.") for i in state["param_groups"][0]["params"]}
+        state["state"] = {i: within(tensors, f"optimizer.{i}.") for i in state["param_groups"][0]["params"]}
         optimizer.load_state_dict(state)
         self.history, self.seconds = record["history"], record["seconds"]
-
-
-def _within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
