@@ -379,6 +379,28 @@ def run_figure():
     save("10_paper_scale.svg", 812, 170, "From a file of parameters to a page of results", *chain(steps, 130))
 
 
+def leaks_figure():
+    """Who sees what: a client's messages, the server's pool, the final model."""
+    parts = [box(18, 66, 176, 132, CLIENT), client(36, 82), text(84, 104, "client", 15, INK, "start", "600")]
+    parts += [lines(106, 160, ["its images stay"], 13, INK)]
+    parts += [box(318, 66, 176, 132, SERVER), server(336, 82), text(394, 104, "server", 15, INK, "start", "600")]
+    parts += [lines(406, 160, ["pool and MLLM", "stay"], 13, INK)]
+    parts += [
+        box(618, 66, 176, 132, "#eaf5f0"),
+        small_model(636, 84),
+        text(690, 104, "everybody", 15, INK, "start", "600"),
+    ]
+    parts += [lines(706, 160, ["the final model"], 13, INK)]
+    parts += [arrow(200, 112, 312, 112), arrow(312, 152, 200, 152), arrow(500, 132, 612, 132)]
+    parts += [lines(256, 86, ["update"], 13.5), lines(256, 174, ["weights"], 13.5), lines(556, 118, ["model"], 13.5)]
+    questions = [
+        (256, ["which classes? which picture?", "was this picture there?"]),
+        (556, ["was this picture", "in the pool?"]),
+    ]
+    parts += [lines(x, 26, rows, 13.5, TAIL) for x, rows in questions]
+    save("09_leaks.svg", 812, 216, "What a client sends, and what a model keeps", *parts)
+
+
 def recipe_figure():
     steps = [
         ("1", "encoder", ["a ViT learns from", "labels and from", "tiny-clip"], "pictures"),
@@ -421,6 +443,7 @@ def draw_all():
     alignment_figure()
     pipeline_figure()
     scarce_figure()
+    leaks_figure()
     run_figure()
     recipe_figure()
     logo()

@@ -88,7 +88,7 @@ def test_outputs_are_committed_complete_and_clean(name):
 @every_chapter
 def test_ignored_outputs_are_the_exception(name):
     tags = [tag for cell in code_cells(name) for tag in cell.metadata.get("tags", [])]
-    assert set(tags) <= {"parameters", "nbval-ignore-output"}
+    assert set(tags) <= {"parameters", "nbval-ignore-output", "hide-input"}
     assert tags.count("nbval-ignore-output") <= len(code_cells(name)) / 3
 
 
