@@ -1,14 +1,17 @@
-"""Ablation controls that one table each uses: wrong answers, even answers, missing classes, rescaled starts."""
+"""Ablation controls that one table each uses: wrong answers, even answers, missing classes, rescaled starts, lies."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mllmfl_lite.data.images import ImageSet
+from mllmfl_lite.federated import State
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
@@ -40,7 +43,11 @@ def even_out(probabilities: Tensor, over: Tensor) -> Tensor:
 def without_classes(server_set: ServerSet, left_out: Sequence[str]) -> ServerSet:
     """The server set without the images of these classes."""
     names = server_set.images.names
+    if unknown := sorted(set(left_out) - set(names)):
+        raise ValueError(f"there is no class {unknown[0]!r} in the set, but: {', '.join(names)}")
     kept = np.flatnonzero(~np.isin(server_set.images.labels, [names.index(name) for name in left_out]))
+    if not len(kept):
+        raise ValueError("without these classes no picture is left in the set; leave fewer out")
     return ServerSet(
         server_set.images.subset(kept),
         server_set.probabilities[torch.from_numpy(kept)],
@@ -66,3 +73,37 @@ def with_norms_of(model: CompactModel, other: CompactModel) -> CompactModel:
         norm.running_mean.mul_(factor)
         norm.running_var.mul_(factor**2)
     return model
+
+
+def corner(images: np.ndarray) -> np.ndarray:
+    """Pictures (N, H, W, 3) with a white square of six pixels a side in the lower right corner."""
+    marked = images.copy()
+    marked[:, -6:, -6:] = 255
+    return marked
+
+
+def poisoned(data: ImageSet, lie: str) -> ImageSet:
+    """What a lying client trains on: "flip" turns the order of the classes round; "door" marks every second picture.
+
+    A marked picture has a white corner and is labelled "ship". Other lies leave the pictures as they are.
+    """
+    if lie == "flip":
+        return replace(data, labels=data.num_classes - 1 - data.labels)
+    if lie == "door":
+        images, labels = data.images.copy(), data.labels.copy()
+        images[::2], labels[::2] = corner(images[::2]), data.names.index("ship")
+        return replace(data, images=images, labels=labels)
+    return data
+
+
+def send(lie: str, state: State, start: State) -> State:
+    """What a client sends after training from `start`.
+
+    Its update is turned ("sign"), turned and five times as long ("boost"), three times as long ("door", so that two of
+    eight nearly replace the mean) or left out ("silent"). BatchNorm statistics stay honest.
+    """
+    if lie == "silent":
+        return dict(start)
+    factor = {"sign": -1.0, "boost": -5.0, "door": 3.0}.get(lie, 1.0)
+    learned = [name for name, t in state.items() if t.is_floating_point() and "running_" not in name]
+    return state if factor == 1 else {**state, **{n: start[n] + factor * (state[n] - start[n]) for n in learned}}

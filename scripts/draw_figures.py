@@ -368,6 +368,18 @@ def pipeline_figure():
     save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *chain(steps, 118), under)
 
 
+def failures_figure():
+    steps = [
+        ("the pool", ["lacks a class,", "or shows another", "world"], SERVER, INK),
+        ("the teacher", ["writes wrong words,", "gives wrong labels,", "has a favourite"], SERVER, LARGE),
+        ("the clients", ["some send lies;", "some hide a", "back door"], CLIENT, INK),
+        ("the model", ["is too small,", "or forgets", "a class"], SERVER, SMALL),
+        ("the users", ["gain in the mean;", "some clients", "pay for it"], CLIENT, INK),
+    ]
+    under = text(400, 182, "each is carried out in this chapter, and measured", 13.5, QUIET)
+    save("08_failures.svg", 812, 200, "Five places where the method fails", *chain(steps, 134), under)
+
+
 def run_figure():
     steps = [
         ("file", ["parameters;", "wrong lines are", "named before", "it starts"], SERVER, INK),
@@ -443,6 +455,7 @@ def draw_all():
     alignment_figure()
     pipeline_figure()
     scarce_figure()
+    failures_figure()
     leaks_figure()
     run_figure()
     recipe_figure()

@@ -36,6 +36,10 @@ def test_a_class_can_be_left_out():
     without = without_classes(server_set, ["class 1"])
     assert without.images.class_counts().tolist() == [2, 0, 2] and without.short == {"class 1": 0}
     assert without.probabilities.argmax(1).tolist() == without.images.labels.tolist()
+    with pytest.raises(ValueError, match="there is no class 'lorry' in the set, but: class 0, class 1, class 2"):
+        without_classes(server_set, ["lorry"])
+    with pytest.raises(ValueError, match="without these classes no picture is left in the set"):
+        without_classes(server_set, pool.names)
 
 
 @pytest.mark.parametrize(("name", "side"), [("resnet8", 16), ("resnet50", 64)])

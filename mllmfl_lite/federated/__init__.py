@@ -7,6 +7,7 @@ from mllmfl_lite.federated.creff import CReFF
 from mllmfl_lite.federated.federation import Federation, choose_clients
 from mllmfl_lite.federated.fedyoyo import FedYoYo
 from mllmfl_lite.federated.methods import BalancedSoftmax, FedAvg, FedAvgM, FedProx, FedSettings
+from mllmfl_lite.federated.robust import ClippedNorm, CoordinateMedian, TrimmedMean
 from mllmfl_lite.federated.rounds import Ask, FedResult, run_federated
 from mllmfl_lite.federated.server_steps import AlignEachRound, FedDF, FedNPC
 
@@ -20,10 +21,14 @@ METHODS: dict[str, type[FedAvg]] = {
     "fedyoyo": FedYoYo,
     "fednpc": FedNPC,
     "feddf": FedDF,
+    "clipped_norm": ClippedNorm,
+    "median": CoordinateMedian,
+    "trimmed_mean": TrimmedMean,
 }
 
 __all__ = [
     "CLIP2FL", "METHODS", "AlignEachRound", "Ask", "BalancedSoftmax", "CReFF", "ClientDiverged", "ClientResult",
-    "FedAvg", "FedAvgM", "FedDF", "FedNPC", "FedProx", "FedResult", "FedSettings", "FedYoYo", "Federation", "State",
-    "Task", "Workers", "choose_clients", "client_step", "run_federated", "train_client", "weighted_mean",
+    "ClippedNorm", "CoordinateMedian", "FedAvg", "FedAvgM", "FedDF", "FedNPC", "FedProx", "FedResult",
+    "FedSettings", "FedYoYo", "Federation", "State", "Task", "TrimmedMean", "Workers", "choose_clients",
+    "client_step", "run_federated", "train_client", "weighted_mean",
 ]  # fmt: skip
