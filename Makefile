@@ -20,8 +20,8 @@ export PYTHONWARNINGS := ignore::DeprecationWarning
 unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
-.PHONY: help setup book test lint flower paper sweep results bench evidence clean
-MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench-peers real-parts
+.PHONY: help setup tour book test lint flower paper sweep results evidence clean
+MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench bench-peers real-parts
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -54,6 +54,14 @@ lock:
 	  .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
 	    --no-emit-index-url -c .venv-lock/torch.txt requirements.txt; } > .venv-lock/requirements.lock
 	@mv .venv-lock/requirements.lock requirements.lock && rm -rf .venv-lock
+
+tour: _build/executed/00_ten_minute_tour.ipynb $(PAGES)  ## execute and render the ten-minute tour alone
+	@rm -rf _build/tour && mkdir -p _build/tour/notebooks
+	@cp -r _config.yml references.bib book _build/tour/
+	@cp $(NOTEBOOKS) $< _build/tour/notebooks/
+	@printf 'format: jb-book\nroot: notebooks/00_ten_minute_tour\n' > _build/tour/_toc.yml
+	@$(BIN)/jupyter-book build --quiet --path-output _build/tour _build/tour
+	@echo "open $(CURDIR)/_build/tour/_build/html/index.html"
 
 book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
 	@echo "open $(CURDIR)/_build/html/index.html"
@@ -153,7 +161,8 @@ quizzes: $(INSTALLED)
 annotations: $(INSTALLED)
 	@$(BIN)/python scripts/annotate_web.py
 
-bench: $(INSTALLED)  ## the engine beside the ordinary loop, stored features beside computed ones, in one run each
+# The engine beside the ordinary loop, stored features beside computed ones, in one run each.
+bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/bench_rounds.py
 	@$(BIN)/python benchmarks/bench_pretrain.py
 

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, CHAPTERS = ROOT / "book" / "for_teachers.md", sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGE = ROOT / "book" / "for_teachers.md"
+CHAPTERS = [
+    path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if not path.name.startswith("00_")
+]  # the tour
 HEADING = "## Five questions"
 OPTION = re.compile(
     r'<details class="option"><summary>(?P<words>.+?)</summary><b>(?P<verdict>Right|Wrong)\.</b> (?P<why>.+?)</details>'

@@ -97,7 +97,8 @@ def test_a_page(browser, site, name, width, scheme):
 
 
 def test_chapters_have_equations_and_pictures(browser, site):
-    for name in (page for page in PAGES if page.startswith("notebooks/")):
+    own = ("notebooks/00_", "notebooks/a3_")  # the tour and the cases have few
+    for name in (page for page in PAGES if page.startswith("notebooks/") and not page.startswith(own)):
         with Visit(browser, site + name) as visit:
             visit.wait("document.querySelectorAll('mjx-container').length > 5")
             assert visit.ask("document.querySelectorAll('.bd-article img').length") >= 3
@@ -163,6 +164,47 @@ def test_an_option_shows_its_feedback_by_mouse_and_by_keyboard(browser, site):
                 visit.page.keyboard.press("Enter")
             feedback.wait_for(state="visible", timeout=3000)
             assert feedback.inner_text() in ("Right.", "Wrong.")
+
+
+def turned(visit):
+    """What the tour's bars show: the label, and the numbers beside the bars."""
+    return visit.ask("[document.querySelector('figure output').innerText, ...[...document.querySelectorAll("
+                     "'figure .bar :last-child')].map(e => e.textContent)]")  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_tours_bars_are_turned_by_keyboard_touch_and_mouse(browser, width):
+    """From the file system, as a reader without a server has it."""
+    page = HTML / "notebooks" / "00_ten_minute_tour.html"
+    with Visit(browser, page.as_uri(), width) as visit:
+        assert visit.complaints == []
+        slider, last = visit.page.locator("figure input"), turned(visit)
+        slider.focus()
+        visit.page.keyboard.press("ArrowLeft")
+        before = turned(visit)
+        assert before[0] != last[0] and before[0] == slider.get_attribute("aria-valuetext")
+        visit.page.keyboard.press("End")
+        assert turned(visit) == last
+        box = slider.bounding_box()
+        visit.page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
+        first = turned(visit)
+        assert first != last and slider.input_value() == "0" and "round 0 " in first[0]
+        visit.page.locator("figure button").click()
+        visit.wait("document.querySelector('figure input').value > 1")
+        assert box["height"] >= 40, "a finger finds it"
+
+
+def test_the_tours_bars_stand_there_without_scripts_and_on_paper(browser, site):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(site + "notebooks/00_ten_minute_tour.html")
+    assert not page.locator("figure .turn").is_visible() and page.locator("figure .bar").count() == 20
+    assert "after round 20" in page.locator("figure output").inner_text()
+    context.close()
+    with Visit(browser, site + "notebooks/00_ten_minute_tour.html") as visit:
+        assert visit.page.locator("figure .turn").is_visible()
+        visit.page.emulate_media(media="print")
+        assert not visit.page.locator("figure .turn").is_visible()
 
 
 def test_search_finds_a_term(browser, site):

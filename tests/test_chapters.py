@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 CHAPTERS = {path.name.split("_")[0]: path for path in (ROOT / "notebooks").glob("*.ipynb")}
 SMALL = {"language_samples": 400, "projector_samples": 400, "both_samples": 400}
 RUNS = [
+    ("00", {"rounds": 2, "finetune_rounds": 1, "server_epochs": 1}),
+    ("00", {"num_clients": 20, "rounds": 3, "finetune_rounds": 2, "server_epochs": 2, "lr": 0.05, "seed": 3}),
     ("01", {"num_clients": 10, "num_draws": 2, "alpha": 0.1}),
     ("01", {"num_clients": 50, "imbalance_factor": 500, "seed": 3}),
     ("02", {"num_images": 20, "batch_size": 7, "drop_share": 0.3}),
@@ -38,8 +40,11 @@ RUNS = [
             "kill_at": [1]}),
     ("a1", {"hidden_size": 32, "layers": 1, "num_test": 50, **SMALL}),
     ("a1", {"batch_size": 8, "num_test": 100, "seed": 9, **SMALL}),
+    ("a3", {"rounds": 1, "epochs": 1}),
+    ("a3", {"rounds": 2, "epochs": 2, "seed": 4}),
 ]  # fmt: skip
 REFUSED = [
+    ("00", {"lr": 5.0}, "lr must be a number from 0.001 to 0.5; got 5.0"),
     ("01", {"num_clients": 8}, "num_clients must be a whole number from 10 to 50; got 8"),
     ("02", {"drop_share": 1.0}, "drop_share must be a number from 0.0 to 0.9; got 1.0"),
     ("03", {"schedule": "straight"}, "schedule must be one of 'constant', 'cosine', 'linear', 'step'; got 'straight'"),
@@ -54,6 +59,7 @@ REFUSED = [
     ("09", {"clip": 0.0}, "clip must be a number from 1e-06 to 1000000.0; got 0.0"),
     ("10", {"kill_at": "early"}, "kill_at must be a list of whole numbers from 1 to 5; got 'early'"),
     ("10", {"benchmark": "cifar"}, "benchmark must be one of 'cifar100_lt_if10', "),
+    ("a3", {"epochs": 0}, "epochs must be a whole number from 1 to 100; got 0"),
     ("a1", {"both_samples": 10}, "both_samples must be a whole number from 320 to 10000000; got 10"),
 ]
 

@@ -17,6 +17,8 @@ PROSE = {
 }
 LITERALS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
+TOUR, CASES = "00_ten_minute_tour.ipynb", "a3_how_we_fooled_ourselves.ipynb"  # have rhythms of their own
+
 every_chapter = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
@@ -106,7 +108,7 @@ def test_cells_are_short(name):
     assert max(len(line) for cell in code_cells(name) for line in cell.source.splitlines()) <= 88
 
 
-@every_chapter
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS.keys() - {TOUR, CASES}))
 def test_the_rhythm_of_a_chapter(name):
     text = prose(name)
     assert text.startswith("# ") and "```{figure}" in text.split("## ")[0], "a title, a claim and a drawing"
@@ -124,8 +126,37 @@ def test_the_rhythm_of_a_chapter(name):
     assert text.count("Predict first") == 1
     assert text.count("{exercise-start}") == text.count("{solution-start}") == text.count(":class: dropdown") == 4
     assert "torch.testing.assert_close(" in "\n".join(cell.source for cell in code_cells(name)), "define, then trust"
-    read = re.sub(r"## Five questions.*?(?=\n## )|<details.*?</details>", "", text, flags=re.S)  # not behind a click
-    assert len(NOTEBOOKS[name].cells) > 2 * 12 and 800 <= len(re.findall(r"\w+", read)) <= 3500
+    assert len(NOTEBOOKS[name].cells) > 2 * 12 and 800 <= words_before_a_click(text) <= 3500
+
+
+def words_before_a_click(text):
+    return len(re.findall(r"\w+", re.sub(r"## Five questions.*?(?=\n## )|<details.*?</details>", "", text, flags=re.S)))
+
+
+def test_the_rhythm_of_the_tour():
+    """It is read before everything else, also where no directive of the book is known."""
+    text = prose(TOUR)
+    assert text.startswith("# ") and "](../book/figures/" in text.split("## ")[0]
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert headings[:2] == ["At a glance", "Set-up"] and headings[-2:] == ["What we found", "Where to go next"]
+    assert not re.search(r"\{[a-z:-]+\}`|```\{", text), "roles and directives are the book's"
+    assert 900 <= words_before_a_click(text) <= 1500
+    outputs = [output for cell in code_cells(TOUR) for output in cell.outputs]
+    (moving,) = [page for output in outputs if "<input type" in (page := output.get("data", {}).get("text/html", ""))]
+    assert len(moving) < 60_000
+
+
+def test_the_rhythm_of_the_cases():
+    text = prose(CASES)
+    cases = re.findall(r"^## Case \d.*?(?=^## |\Z)", text, re.M | re.S)
+    assert len(cases) == 5
+    for case in cases:
+        parts = [case.find(f"**{part}") for part in ("What we believed.**", "What undeceived us", "The habit.**")]
+        assert -1 not in parts and parts == sorted(parts), case
+    for heading in ("At a glance", "Set-up", "Check yourself", "Summary", "Five questions", "Further reading"):
+        assert f"\n## {heading}\n" in text, heading
+    assert 1000 <= words_before_a_click(text) <= 1800
+    assert sum(cell.source.count("assert ") for cell in code_cells(CASES)) >= 2 * len(cases)
 
 
 @every_chapter

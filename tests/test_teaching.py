@@ -1,6 +1,8 @@
 """What chapters share: tables, plots, comparisons of seeds."""
 
 import html
+import json
+import re
 
 import matplotlib
 
@@ -20,6 +22,7 @@ from mllmfl_lite.teaching.compare import (
     reported,
     seeds_needed,
 )
+from mllmfl_lite.teaching.moving import MovingBars
 from mllmfl_lite.teaching.tables import Gallery, Table, check, check_parameters, percent, safe
 
 
@@ -219,3 +222,29 @@ def test_a_wrong_parameter_is_refused_in_one_sentence(value, rule, sentence):
 def test_right_parameters_pass():
     values = {"a": 3, "b": 3, "c": 0.5, "d": [0.1, 1], "e": "word"}
     check_parameters(values, a=(1, 3), b=(0.0, 3.0), c=(0.5, 1.0), d=[0.05, 1.0], e={"word"})
+
+
+def test_moving_bars_hold_every_frame_and_show_the_last_one():
+    panels = {"<left>": np.array([[0, 0.5], [0.254, 1]]), "right": np.array([[1, 0], [0, 0.006]])}
+    bars = MovingBars(panels, ["a", "<b>"], ["red", "blue"], ["begin", "</script>end"], "what & why")
+    shown = bars._repr_html_()
+    data = json.loads(re.search(r"= (\{.*\}), find = ", shown)[1])
+    assert data == {"values": [[0, 50, 100, 0], [25, 100, 0, 1]], "labels": ["begin", "</script>end"]}
+    assert re.findall(r"width:(\d+)%;background:(\w+)", shown) == [
+        ("25", "red"), ("100", "blue"), ("0", "red"), ("1", "blue")
+    ]  # fmt: skip
+    assert shown.count("</script>") == 1 and "&lt;left&gt;" in shown and "&lt;b&gt;" in shown and "why" in shown
+    assert "://" not in shown and repr(bars).splitlines() == ["begin", "</script>end"]
+    assert bars._repr_html_() == shown, "outputs repeat"
+
+
+@pytest.mark.parametrize("change", [{"labels": ["one"]}, {"names": ["a"]}, {"colours": ["red"]}, {"panels": {}}])
+def test_moving_bars_that_do_not_fit_are_refused(change):
+    right = {"panels": {"p": np.zeros((2, 2))}, "names": ["a", "b"], "colours": ["red"] * 2, "labels": ["x", "y"]}
+    with pytest.raises(ValueError, match="each panel needs"):
+        MovingBars(**right | change)
+
+
+def test_forty_rounds_of_ten_classes_are_light():
+    bars = MovingBars({"p": np.ones((40, 10)), "q": np.ones((40, 10))}, ["name"] * 10, ["#000000"] * 10, ["x"] * 40)
+    assert len(bars._repr_html_()) < 60_000
