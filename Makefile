@@ -8,7 +8,7 @@ PACKAGE := $(shell find mllmfl_lite -type f ! -path '*/__pycache__/*')
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
 RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*' ! -path '*/tuning/*' ! -path '*/tuned/*')
-PAGES := _config.yml _toc.yml references.bib $(shell find book -type f)
+PAGES := _config.yml _toc.yml references.bib $(shell find book -type f ! -path '*/__pycache__/*')
 BOOK := _build/html/.built
 FLOWER := .venv-flower
 PEERS := .venv-peers
@@ -21,7 +21,7 @@ unexport MPLBACKEND JUPYTER_PATH PYTHONPATH PYTHONHOME
 export PYTHONUTF8 := 1
 
 .PHONY: help setup tour book test lint flower paper sweep results evidence clean
-MORE := serve unit notebooks browser lock outputs quizzes annotations tables harness bench bench-peers real-parts
+MORE := serve pdf slides unit notebooks browser lock outputs quizzes annotations tables harness bench bench-peers real-parts
 .PHONY: $(MORE)
 .DELETE_ON_ERROR:
 
@@ -86,6 +86,14 @@ $(BOOK): $(EXECUTED) $(PAGES) | $(INSTALLED)
 # Serves the book on http://localhost:8000.
 serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+# The whole book as one PDF, by the browser that is there.
+pdf: $(BOOK)
+	@$(BIN)/python scripts/print_book.py
+
+# Slides for each chapter, from its own cells.
+slides: $(BOOK)
+	@$(BIN)/python scripts/make_slides.py
 
 test: lint unit notebooks browser  ## prove everything: lint, unit tests, every notebook's outputs, the rendered book
 

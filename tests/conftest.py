@@ -12,7 +12,9 @@ from mllmfl_lite.models import CompactModel, build_model
 from mllmfl_lite.teachers.imagenet import ImageNetTeacher
 
 torch.set_num_threads(1)
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))  # controls, standins
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))  # controls, pages, standins
+
+pytest_plugins = ["visits"]
 
 
 def make_images(n: int = 60, num_classes: int = 3, size: int = 8, seed: int = 0) -> ImageSet:

@@ -65,6 +65,8 @@ class Table:
     """A small table of cells that are text already: Markdown in a notebook, aligned text elsewhere."""
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]]):
+        if not all(header):
+            raise ValueError(f"each column needs a name, which screen readers say; got {list(header)}")
         for row in rows:
             if len(row) != len(header):
                 raise ValueError(f"each row needs {len(header)} cells, as the header has; {row} has {len(row)}")
