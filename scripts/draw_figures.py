@@ -373,7 +373,7 @@ def failures_figure():
         ("the pool", ["lacks a class,", "or shows another", "world"], SERVER, INK),
         ("the teacher", ["writes wrong words,", "gives wrong labels,", "has a favourite"], SERVER, LARGE),
         ("the clients", ["some send lies;", "some hide a", "back door"], CLIENT, INK),
-        ("the model", ["is too small,", "or forgets", "a class"], SERVER, SMALL),
+        ("the model", ["forgets a class", "that it is", "not shown"], SERVER, SMALL),
         ("the users", ["gain in the mean;", "some clients", "pay for it"], CLIENT, INK),
     ]
     under = text(400, 182, "each is carried out in this chapter, and measured", 13.5, QUIET)
