@@ -58,9 +58,9 @@ lock:
 tour: _build/executed/00_ten_minute_tour.ipynb $(PAGES)  ## execute and render the ten-minute tour alone
 	@rm -rf _build/tour && mkdir -p _build/tour/notebooks
 	@cp -r _config.yml references.bib book _build/tour/
-	@cp $(NOTEBOOKS) $< _build/tour/notebooks/
+	@cp $< _build/tour/notebooks/
 	@printf 'format: jb-book\nroot: notebooks/00_ten_minute_tour\n' > _build/tour/_toc.yml
-	@$(BIN)/jupyter-book build --quiet --path-output _build/tour _build/tour
+	@$(BIN)/jupyter-book build --quiet --path-output _build/tour _build/tour > _build/tour/log 2>&1 || { cat _build/tour/log; exit 1; }
 	@echo "open $(CURDIR)/_build/tour/_build/html/index.html"
 
 book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
