@@ -63,7 +63,7 @@ def test_mathematics_is_set_and_no_menu_is_printed(pdf):
 
 
 def test_nothing_sticks_out_of_the_paper_and_folds_stay_away(browser):
-    """The whole book at the paper's width; a folded cell is put in, since no chapter may have one today."""
+    """The whole book at the paper's width; a folded cell is put in, in case no chapter has one."""
     document = HTML / "whole.print-test.html"
     fold = '<details class="hide above-input"><summary>Show code</summary><p id="folded">secret</p></details>'
     whole = one_document(HTML, names()).replace("</body>", f'<article class="bd-article">{fold}</article></body>')
@@ -71,9 +71,10 @@ def test_nothing_sticks_out_of_the_paper_and_folds_stay_away(browser):
         document.write_text(whole, encoding="utf-8")
         with Visit(browser, document.as_uri(), width=PAPER) as visit:
             visit.page.emulate_media(media="print")
+            visit.wait("window.MathJax?.startup?.promise")
             visit.page.evaluate("MathJax.startup.promise")
             assert visit.ask("[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))")
-            assert not visit.page.locator("details.hide").is_visible()
+            assert not any(fold.is_visible() for fold in visit.page.locator("details.hide").all())
             wide = visit.ask(
                 "[...document.querySelectorAll('.bd-article :is(table, pre, img, p, mjx-container)')]"
                 f".filter(e => e.getBoundingClientRect().right > {PAPER} + 2).map(e => e.outerHTML.slice(0, 200))"
