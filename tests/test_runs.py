@@ -96,7 +96,7 @@ def test_the_papers_protocol_is_the_default():
         ({"pool_images": -5}, "pool_images: must be greater than or equal to 0; got -5"),
         ({"seed": -1}, "seed: must be greater than or equal to 0; got -1"),
         ({"dataset": "cifar11"}, "dataset: must be 'cifar10_mini', 'cifar10', 'cifar100' or 'imagenet_lt'; got"),
-        ({"method": "fedevg"}, "clip2fl, balanced_softmax, fedyoyo, fednpc, feddf, or 'module:Class'"),
+        ({"method": "fedevg"}, "fednpc, feddf, clipped_norm, median, trimmed_mean, or 'module:Class'"),
         (
             {"method_options": {"mu": float("nan")}},
             "method_options must be finite numbers, switches or text; got {'mu'",

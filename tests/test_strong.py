@@ -72,5 +72,5 @@ def test_images_in_files_are_refused_before_the_first_round(augment, method, tmp
     files = folder_images(tmp_path, 32)
     federation = Federation(files, [np.arange(4)], files)
     settings = FedSettings(rounds=1, clients_per_round=1, local_epochs=1, batch_size=4, augment=augment)
-    with pytest.raises(ValueError, match="strong augmentation is for images in memory"):
+    with pytest.raises(ValueError, match="strong views are for images in memory"):
         run_federated(build_model("resnet8", 1, width=4), federation, method, settings)
