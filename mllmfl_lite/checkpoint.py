@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 import safetensors.torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mllmfl_lite.repro import write_atomically, write_json
 
@@ -83,6 +84,19 @@ class RunFolder:
 def within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name begins so, under the rest of their name."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's moments for `RunFolder.save`, on the CPU, as ``optimizer.0.exp_avg``."""
+    moments = optimizer.state_dict()["state"].items()
+    return {f"optimizer.{number}.{name}": tensor.cpu() for number, of in moments for name, tensor in of.items()}
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put them back into an optimiser of one group."""
+    state = optimizer.state_dict()
+    state["state"] = {i: within(tensors, f"optimizer.{i}.") for i in state["param_groups"][0]["params"]}
+    optimizer.load_state_dict(state)
 
 
 def write_checked(path: str | Path, value: dict) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mllmfl_lite.data.images import ImageSet
-from mllmfl_lite.federated import State
+from mllmfl_lite.federated.aggregate import State, weights_of
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import torch_generator
 from mllmfl_lite.stages.server_set import ServerSet
@@ -105,5 +105,5 @@ def send(lie: str, state: State, start: State) -> State:
     if lie == "silent":
         return dict(start)
     factor = {"sign": -1.0, "boost": -5.0, "door": 3.0}.get(lie, 1.0)
-    learned = [name for name, t in state.items() if t.is_floating_point() and "running_" not in name]
-    return state if factor == 1 else {**state, **{n: start[n] + factor * (state[n] - start[n]) for n in learned}}
+    moved = {name: start[name] + factor * (state[name] - start[name]) for name in weights_of(state)}
+    return state if factor == 1 else {**state, **moved}

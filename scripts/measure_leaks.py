@@ -22,7 +22,7 @@ from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.longtail import rank_thirds
 from mllmfl_lite.data.metrics import evaluate_model, summarise
 from mllmfl_lite.federated import FedAvg, Task, choose_clients, client_step, run_federated, train_client
-from mllmfl_lite.federated.aggregate import ClientResult, weighted_mean
+from mllmfl_lite.federated.aggregate import ClientResult, distance, weighted_mean, weights_of
 from mllmfl_lite.federated.federation import Federation
 from mllmfl_lite.measure.attacks import (
     auc,
@@ -37,7 +37,7 @@ from mllmfl_lite.measure.attacks import (
     ssim,
     tpr_at,
 )
-from mllmfl_lite.measure.defences import clipped_and_noised, update_norm
+from mllmfl_lite.measure.defences import clipped_and_noised
 from mllmfl_lite.models import CompactModel, build_model, load_model, save_model
 from mllmfl_lite.repro import Execution, numpy_generator, torch_generator
 from mllmfl_lite.runs import load_federation, load_pool, load_teacher
@@ -223,7 +223,7 @@ class Guarded(FedAvg):
         """Its name; it is not resumed."""
         return {"name": "Guarded"}
 
-    def aggregate(self, states, sizes, generator):
+    def aggregate(self, start, states, sizes, generator):
         """The plain mean: the bound on a client's influence does not depend on its size."""
         return weighted_mean(states, [1] * len(states))
 
@@ -251,7 +251,7 @@ def protecting(seed, settings, noise):
         for client in chosen:
             task, own = Task(state, received, round_, client, seed), torch.from_numpy(federation.split[client])
             done = client_step(model, batches, own, FedAvg(), settings, task)
-            norms.append(update_norm(done.state, state))
+            norms.append(distance(done.state, state, weights_of(state)))
             safe = clipped_and_noised(done.state, state, CLIP, share, task.generator("privacy"))
             sent[client] = ClientResult(safe, {}, done.loss)
         return sent, {}

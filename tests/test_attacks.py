@@ -14,12 +14,17 @@ from torch import nn
 from mllmfl_lite.data.batches import Batches
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.federated import FedAvg, FedSettings, Task, train_client
+from mllmfl_lite.federated.aggregate import distance, weights_of
 from mllmfl_lite.federated.creff import head_gradients
 from mllmfl_lite.measure import attacks
-from mllmfl_lite.measure.defences import clipped_and_noised, sent_entries, update_norm
+from mllmfl_lite.measure.defences import clipped_and_noised
 from mllmfl_lite.stages.server_set import draw_server_set
 
 CHAPTER = Path(__file__).parent.parent / "notebooks" / "09_what_leaks_and_what_it_costs.ipynb"
+
+
+def update_norm(state, anchor):
+    return distance(state, anchor, weights_of(anchor))
 
 
 def generator(seed=0):
@@ -149,15 +154,15 @@ def test_an_update_is_at_most_as_long_as_clip(model, by):
     anchor, state = moved(model, by)
     sent = clipped_and_noised(state, anchor, clip=0.5, noise=0.0, generator=generator())
     assert update_norm(sent, anchor) == pytest.approx(min(0.5, update_norm(state, anchor)), rel=1e-4)
-    assert all(torch.equal(sent[name], anchor[name]) for name in anchor.keys() - set(sent_entries(anchor)))
-    count = sum(anchor[name].numel() for name in sent_entries(anchor))
+    assert all(torch.equal(sent[name], anchor[name]) for name in anchor.keys() - set(weights_of(anchor)))
+    count = sum(anchor[name].numel() for name in weights_of(anchor))
     assert update_norm(state, anchor) == pytest.approx(by * count**0.5, rel=1e-3)
 
 
 def test_noise_has_its_deviation(model):
     anchor, _ = moved(model, 0.0)
     sent = clipped_and_noised(anchor, anchor, clip=2.0, noise=0.5, generator=generator())
-    drawn = torch.cat([(sent[name] - anchor[name]).flatten() for name in sent_entries(anchor)])
+    drawn = torch.cat([(sent[name] - anchor[name]).flatten() for name in weights_of(anchor)])
     assert drawn.std().item() == pytest.approx(1.0, abs=5 / (2 * len(drawn)) ** 0.5)
 
 

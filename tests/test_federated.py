@@ -243,7 +243,7 @@ def test_who_was_not_asked_or_says_nothing_is_named(images, model, split):
 def test_a_method_may_aggregate_in_its_own_way(images, model, split):
     @dataclass(frozen=True)
     class First(FedAvg):
-        def aggregate(self, states, sizes, generator):
+        def aggregate(self, start, states, sizes, generator):
             assert sizes == [len(split[client]) for client in drawn]
             return states[0]
 

@@ -216,7 +216,7 @@ def test_the_ensemble_is_the_mean_of_each_models_logits():
 def test_distillation_brings_the_mean_nearer_to_the_ensemble():
     states, x = states_of(3), Batches(WEB).plain(torch.arange(50))
     method = FedDF(pool=WEB, model=build_model("resnet8", 3, width=4), steps=60, batch=16, lr=0.01)
-    mean, distilled = weighted_mean(states, [1, 1, 1]), method.aggregate(states, [1, 1, 1], torch_generator(0, "x"))
+    mean, distilled = weighted_mean(states, [1, 1, 1]), method.aggregate({}, states, [1, 1, 1], torch_generator(0, "x"))
     network = build_model("resnet8", 3, width=4)
     target = ensemble(copy.deepcopy(network).eval(), states, x).softmax(1)
 
@@ -233,7 +233,7 @@ def test_the_pools_labels_are_not_used():
     other = replace(WEB, labels=np.zeros_like(WEB.labels))
     first, second = (
         FedDF(pool=pool, model=build_model("resnet8", 3, width=4), steps=2, batch=8).aggregate(
-            states, [1, 2], torch_generator(0, "x")
+            {}, states, [1, 2], torch_generator(0, "x")
         )
         for pool in (WEB, other)
     )

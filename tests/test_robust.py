@@ -47,7 +47,7 @@ def states_of(count, seed=0):
 def combine(rule, states, start, sizes=None):
     """What the server makes of the clients' states."""
     method, generator = RULES[rule], torch_generator(0, "server")
-    mean = method.aggregate(states, sizes or [1] * len(states), generator)
+    mean = method.aggregate(start, states, sizes or [1] * len(states), generator)
     return method.server_update(start, mean, {}, [], generator)[0]
 
 
@@ -162,10 +162,10 @@ def test_up_to_the_bound_a_lie_stays_among_the_honest_and_beyond_it_wins(clients
     for cut in range(bound + 1):
         borne = trimmed_mean([*honest[cut:], *[lie] * cut], cut)["w"]
         assert cut <= borne <= clients - 1
-    median = CoordinateMedian().aggregate([*honest[bound:], *[lie] * bound], [1] * clients, torch.Generator())["w"]
+    median = CoordinateMedian().aggregate({}, [*honest[bound:], *[lie] * bound], [1] * clients, torch.Generator())["w"]
     assert bound <= median <= clients - 1
     broken = CoordinateMedian().aggregate(
-        [*honest[bound + 1 :], *[lie] * (bound + 1)], [1] * clients, torch.Generator()
+        {}, [*honest[bound + 1 :], *[lie] * (bound + 1)], [1] * clients, torch.Generator()
     )
     assert broken["w"] > 1e5
 
@@ -185,7 +185,7 @@ def test_a_long_lie_is_no_longer_than_an_honest_update():
 )
 def test_more_liars_than_the_rule_bears_are_refused_with_the_bound(clients, liars, says):
     with pytest.raises(ValueError, match=says):
-        TrimmedMean(liars).aggregate(states_of(clients), [1] * clients, torch.Generator())
+        TrimmedMean(liars).aggregate({}, states_of(clients), [1] * clients, torch.Generator())
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])

@@ -103,9 +103,8 @@ def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dic
     """
     reasons: dict[int, str] = {}
     ceiling = f"as far a step as the round's median; at most {NORM_FACTOR:g} times is accepted"
-    for part in ("weights", "BatchNorm statistics"):
-        names = [n for n in state if state[n].is_floating_point() and ("running_" in n) == (part != "weights")]
-        norms = {client: _distance(sent[client], state, names) / math.sqrt(steps[client]) for client in sent}
+    for part, names in (("weights", weights_of(state)), ("BatchNorm statistics", statistics_of(state))):
+        norms = {client: distance(sent[client], state, names) / math.sqrt(steps[client]) for client in sent}
         median = sorted(norms.values())[(len(norms) - 1) // 2] if norms else 0.0
         for client, norm in norms.items():
             if norm > NORM_FACTOR * median > 0:
@@ -113,6 +112,17 @@ def outliers(sent: dict[int, State], steps: dict[int, int], state: State) -> dic
     return reasons
 
 
-def _distance(sent: State, state: State, names: list[str]) -> float:
+def weights_of(state: State) -> list[str]:
+    """Names of what is trained: all entries but BatchNorm's statistics and step counters."""
+    return [name for name, tensor in state.items() if tensor.is_floating_point() and "running_" not in name]
+
+
+def statistics_of(state: State) -> list[str]:
+    """Names of BatchNorm's running means and variances."""
+    return [name for name in state if "running_" in name]
+
+
+def distance(sent: State, state: State, names: list[str]) -> float:
+    """Euclidean distance of two states over these entries, in float64."""
     squares = [(sent[name].double() - state[name].double()).square().sum() for name in names]
     return torch.stack(squares).sum().sqrt().item() if squares else 0.0

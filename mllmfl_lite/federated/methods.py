@@ -119,8 +119,8 @@ class FedAvg:
         """
         return cross_entropy(model(x), y)
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: Generator) -> State:
-        """Combine the clients' weights; `sizes` are their numbers of images."""
+    def aggregate(self, start: State, states: list[State], sizes: list[int], generator: Generator) -> State:
+        """Combine the clients' weights, trained from `start`; `sizes` are their numbers of images."""
         return weighted_mean(states, sizes)
 
     def init_server_state(self, parameters: State, generator: Generator) -> State:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from statistics import median_low
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from mllmfl_lite.federated.aggregate import State, weighted_mean
+from mllmfl_lite.federated.aggregate import State, distance, statistics_of, weighted_mean, weights_of
 from mllmfl_lite.federated.methods import FedAvg
-
-SIZES = "image counts"
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,9 @@ class ClippedNorm(FedAvg):
             rule = "factor is the longest update over the round's median one, above 0"
             raise ValueError(f"{rule}; got {self.factor}. At 0 no client would move the model")
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: torch.Generator) -> State:
-        """All states, stacked: lengths are known in `server_update`, which has the weights they started from."""
-        return {SIZES: torch.tensor(sizes)} | {name: torch.stack([s[name] for s in states]) for name in states[0]}
-
-    def server_update(
-        self, state: State, mean: State, server_state: State, uploads: list[State], generator: torch.Generator
-    ) -> tuple[State, State]:
-        """Return the weighted mean of the shortened updates, added to the weights."""
-        states = [{name: mean[name][k] for name in state} for k in range(len(mean[SIZES]))]
-        return clipped_mean(states, mean[SIZES].tolist(), state, self.factor), server_state
+    def aggregate(self, start: State, states: list[State], sizes: list[int], generator: Generator) -> State:
+        """The weighted mean of the shortened updates, added to the weights."""
+        return clipped_mean(states, sizes, start, self.factor)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class TrimmedMean(FedAvg):
         if type(self.liars) is not int or self.liars < 0:
             raise ValueError(f"liars is a whole number of clients, at least 0; got {self.liars!r}")
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: torch.Generator) -> State:
+    def aggregate(self, start: State, states: list[State], sizes: list[int], generator: Generator) -> State:
         """The mean of what is left."""
         return trimmed_mean(states, self.liars)
 
@@ -66,7 +57,7 @@ class CoordinateMedian(FedAvg):
     All clients count the same. Of an even number of values it is the mean of the two in the middle.
     """
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: torch.Generator) -> State:
+    def aggregate(self, start: State, states: list[State], sizes: list[int], generator: Generator) -> State:
         """The median."""
         return trimmed_mean(states, most_liars(len(states)))
 
@@ -97,9 +88,8 @@ def clipped_mean(states: Sequence[State], weights: Sequence[float], start: State
     Weights and BatchNorm statistics are two vectors with lengths of their own. Integer entries take the plain mean.
     """
     clipped = [dict(state) for state in states]
-    for statistics in (False, True):
-        names = [n for n, t in start.items() if t.is_floating_point() and ("running_" in n) == statistics]
-        lengths = [sum((s[n].double() - start[n]).square().sum().item() for n in names) ** 0.5 for s in states]
+    for names in (weights_of(start), statistics_of(start)):
+        lengths = [distance(state, start, names) for state in states]
         longest = factor * median_low(lengths)
         for new, length in zip(clipped, lengths, strict=True):
             share = min(1.0, longest / length) if length else 1.0

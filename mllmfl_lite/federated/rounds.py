@@ -164,7 +164,7 @@ class _Rounds:
         self, state: State, server_state: State, results: dict[int, ClientResult], round_: int
     ) -> tuple[State, State]:
         generator, sizes = torch_generator(self.seed, "server", round_), [len(self.split[client]) for client in results]
-        mean = self.method.aggregate([result.state for result in results.values()], sizes, generator)
+        mean = self.method.aggregate(state, [result.state for result in results.values()], sizes, generator)
         uploads = [result.extra for result in results.values()]
         state, server_state = self.method.server_update(state, mean, server_state, uploads, generator)
         if not all_finite((*state.values(), *server_state.values())):

@@ -36,7 +36,7 @@ class FedDF(FedAvg):
     lr: float = 0.001
     temperature: float = 1.0
 
-    def aggregate(self, states: list[State], sizes: list[int], generator: Generator) -> State:
+    def aggregate(self, start: State, states: list[State], sizes: list[int], generator: Generator) -> State:
         """The mean, after it has learned from the clients' models."""
         mean = weighted_mean(states, sizes)
         device = next(iter(mean.values())).device

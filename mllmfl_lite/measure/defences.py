@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mllmfl_lite.federated import State
-
-
-def sent_entries(state: State) -> list[str]:
-    """Names of the weights: all entries but BatchNorm's statistics and counters."""
-    return [name for name in state if "running_" not in name and state[name].is_floating_point()]
-
-
-def update_norm(state: State, anchor: State) -> float:
-    """Euclidean norm of the weights' update from `anchor`."""
-    squares = [(state[name].double() - anchor[name].double()).square().sum() for name in sent_entries(anchor)]
-    return torch.stack(squares).sum().sqrt().item()
+from mllmfl_lite.federated.aggregate import State, distance, weights_of
 
 
 def clipped_and_noised(state: State, anchor: State, clip: float, noise: float, generator: torch.Generator) -> State:
@@ -28,9 +17,9 @@ def clipped_and_noised(state: State, anchor: State, clip: float, noise: float, g
         raise ValueError(f"clip is the largest norm of an update, above 0; got {clip}. At 0 nothing would be learned")
     if not noise >= 0:
         raise ValueError(f"noise is a deviation in units of clip, 0 or more; got {noise}")
-    factor = min(1.0, clip / max(update_norm(state, anchor), 1e-12))
+    factor = min(1.0, clip / max(distance(state, anchor, weights_of(anchor)), 1e-12))
     sent = {name: tensor.clone() for name, tensor in anchor.items()}
-    for name in sent_entries(anchor):
+    for name in weights_of(anchor):
         drawn = torch.randn(sent[name].shape, generator=generator).to(sent[name])
         sent[name] += factor * (state[name] - anchor[name]) + noise * clip * drawn
     return sent

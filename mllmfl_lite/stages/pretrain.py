@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mllmfl_lite.checkpoint import RunFolder, within
+from mllmfl_lite.checkpoint import RunFolder, optimizer_tensors, restore_optimizer, within
 from mllmfl_lite.data.folders import find_unreadable
 from mllmfl_lite.data.images import ImageFiles
 from mllmfl_lite.models import CompactModel
@@ -220,15 +220,12 @@ class _Run:
 
     def _save(self, folder: RunFolder, optimizer: Optimizer) -> None:
         tensors = {f"encoder.{name}": tensor.cpu() for name, tensor in self.encoder.state_dict().items()}
-        for number, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": moment.cpu() for name, moment in moments.items()}
+        tensors |= optimizer_tensors(optimizer)
         record = {"history": self.history, "seconds": round(self.seconds, 3)}
         folder.save(len(self.history), tensors, record)
 
     def _restore(self, found: tuple, optimizer: Optimizer) -> None:
         _, tensors, record = found
         self.encoder.load_state_dict(within(tensors, "encoder."))
-        state = optimizer.state_dict()
-        state["state"] = {i: within(tensors, f"optimizer.{i}.") for i in state["param_groups"][0]["params"]}
-        optimizer.load_state_dict(state)
+        restore_optimizer(optimizer, tensors)
         self.history, self.seconds = record["history"], record["seconds"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from mllmfl_lite.checkpoint import RunFolder
+from mllmfl_lite.checkpoint import RunFolder, optimizer_tensors, restore_optimizer, within
 from mllmfl_lite.models import CompactModel
 from mllmfl_lite.repro import progress_bar, stable_seed, torch_generator
 from mllmfl_lite.stages.mixture import FrozenReader, TextBatch, mixed_loss, new_encoder
@@ -148,9 +148,7 @@ def _step(learner: Learner, data: Targets, settings: PretrainSettings, optimizer
 
 def _save(folder: RunFolder, step: int, learner: Learner, optimizer, record: dict) -> None:
     tensors = {f"learner.{name}": t for name, t in learner.state_dict().items()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": moment for name, moment in moments.items()}
-    folder.save(step, tensors, record)
+    folder.save(step, tensors | optimizer_tensors(optimizer), record)
 
 
 def _restore(folder: RunFolder, learner: Learner, optimizer) -> tuple[int, list[dict], list[float]]:
@@ -159,12 +157,8 @@ def _restore(folder: RunFolder, learner: Learner, optimizer) -> tuple[int, list[
     if not found:
         return 0, [], []
     step, tensors, record = found
-    learner.load_state_dict({k.removeprefix("learner."): t for k, t in tensors.items() if k.startswith("learner.")})
-    state = optimizer.state_dict()
-    for key in [key for key in tensors if key.startswith("optimizer.")]:
-        _, number, name = key.split(".")
-        state["state"].setdefault(int(number), {})[name] = tensors[key]
-    optimizer.load_state_dict(state)
+    learner.load_state_dict(within(tensors, "learner."))
+    restore_optimizer(optimizer, tensors)
     return step, record["history"], record["recent"]
 
 
