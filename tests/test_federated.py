@@ -244,7 +244,7 @@ def test_a_method_may_aggregate_in_its_own_way(images, model, split):
     @dataclass(frozen=True)
     class First(FedAvg):
         def aggregate(self, start, states, sizes, generator):
-            assert sizes == [len(split[client]) for client in drawn]
+            assert sizes == [len(split[client]) for client in drawn] and equal(start, model.state_dict())
             return states[0]
 
     drawn, one = choose_clients(4, QUICK, 1, 0), replace(QUICK, rounds=1)
