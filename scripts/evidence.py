@@ -16,23 +16,27 @@ from typing import NamedTuple
 import torch
 import tune
 from sweep import RESULTS, RUNS
-from tune import tuned_file
 
 from mllmfl_lite.runs.files import Run, read_runs
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.plan import in_words, total_hours
 from mllmfl_lite.runs.run import run_experiment
 
-LAPTOP, MEDIUM = "laptop/cifar10_mini_lt_if100", "medium/cifar10_lt_if100_clean"
+LAPTOP, MEDIUM = "laptop/cifar10_mini_lt_if10_long", "medium/cifar10_lt_if100_clean"
 PRIMARY = ["stage3", "stage3_ce", "server_only", "fedyoyo", "fedyoyo_stage3"]
 WITH_STAGE_1 = ["stage1", "mllm_llava_fl", "mllm_llava_fl_ce", "fedyoyo_all_three"]
 OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
+ANCHORS = ["balanced_iid", "one_place"]  # other data, FedAvg's settings: no trials, compared with nothing
 QUEUE = [  # benchmark, methods, seeds
-    (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:], "server_only_ce"], range(10)),
-    (LAPTOP, WITH_STAGE_1, range(3)),  # bundled weights of stage 1 have three seeds
+    (LAPTOP, ["fedavg", *PRIMARY, *ANCHORS], range(3)),
+    (LAPTOP, WITH_STAGE_1, range(3)),  # weights of stage 1 have three seeds
+    (LAPTOP, OTHERS[1:5], range(3)),
+    (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
+    (LAPTOP, [*OTHERS[5:], "server_only_ce"], range(3)),
     (MEDIUM, ["fedavg", *PRIMARY, *OTHERS[1:5]], range(3)),
     (MEDIUM, PRIMARY, range(3, 5)),
     (MEDIUM, [*OTHERS[5:], "server_only_ce"], range(3)),
+    (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], range(5, 10)),
 ]
 
 
@@ -49,13 +53,22 @@ class Job(NamedTuple):
 
     def run(self) -> Run:
         """The run, with the best settings of the trials; without trials a ValueError."""
-        return read_runs([self.benchmark], [tuned_file(self.benchmark, self.name)], [self.seed or 0])[0]
+        best = tuned_file(self.benchmark, self.name)
+        if self.name in ANCHORS:
+            anchor = self.benchmark.parent / "anchors" / f"{self.name}.yaml"
+            return read_runs([self.benchmark, best], [anchor], [self.seed or 0])[0]
+        return read_runs([self.benchmark], [best], [self.seed or 0])[0]
 
     def hours(self) -> float:
-        """Estimate for a laptop; before the trials that of FedAvg. Trials count as six runs."""
+        """Estimate for a laptop; before the trials that of FedAvg. Six trials cost three runs."""
         known = tuned_file(self.benchmark, self.name).exists()
         of = self.run() if known else read_runs([self.benchmark], [], [0])[0]
-        return total_hours([of.experiment], "laptop") * (6 if self.seed is None else 1)
+        return total_hours([of.experiment], "laptop") * (3 if self.seed is None else 1)
+
+
+def tuned_file(benchmark: Path, name: str) -> Path:
+    """The file with the settings of the best trial; an anchor has FedAvg's."""
+    return tune.tuned_file(benchmark, "fedavg" if name in ANCHORS else name)
 
 
 def undone() -> Iterator[Job]:
@@ -63,7 +76,8 @@ def undone() -> Iterator[Job]:
     asked = set()
     for place, methods, seeds in QUEUE:
         benchmark = RUNS / f"{place}.yaml"
-        needed = dict.fromkeys(name for m in methods for name in (tune.ROUNDS_OF.get(m), m) if name)
+        own = [method for method in methods if method not in ANCHORS]
+        needed = dict.fromkeys(name for m in own for name in (tune.ROUNDS_OF.get(m), m) if name)
         for name in needed:
             if not tuned_file(benchmark, name).exists() and (benchmark, name) not in asked:
                 asked.add((benchmark, name))

@@ -55,7 +55,7 @@ def targets(parts: Parts, name: str, teacher, few: int = 0, shuffled: bool = Fal
 def pretrain(parts: Parts, name: str, seed: int, out: Path, steps: int = STEPS) -> None:
     """One condition: its results file, and its weights beside it."""
     path, condition = out / "pretraining" / f"{name}_seed{seed}.json", CONDITIONS[name]
-    if path.exists():
+    if path.exists() and weights_path(out, name, seed).exists():
         return
     (teacher, about), settings = parts.small_reader(), settings_of(condition)
     data = targets(parts, "stage1", teacher, shuffled=condition.shuffled, seed=seed)

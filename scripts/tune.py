@@ -1,10 +1,11 @@
 """Six trials for every method, on one tuning seed and held-out training images; the best becomes the method's file.
 
-    python scripts/tune.py notebooks/runs/laptop/cifar10_mini_lt_if100.yaml           # all methods not yet tuned
-    python scripts/tune.py notebooks/runs/laptop/cifar10_mini_lt_if100.yaml fedavg    # one
+    python scripts/tune.py notebooks/runs/laptop/cifar10_mini_lt_if10_long.yaml           # all methods not yet tuned
+    python scripts/tune.py notebooks/runs/laptop/cifar10_mini_lt_if10_long.yaml fedavg    # one
 
-A fifth of the clients' training part is held out, class by class, and stands in for the test. Each trial is written as
-it ends, into results/SCALE/tuning/BENCHMARK/METHOD.json; the file of the best one goes into notebooks/runs/SCALE/tuned.
+A fifth of the clients' training part is held out, class by class, and stands in for the test. A trial runs half of the
+benchmark's rounds. It is written as it ends, into results/SCALE/tuning/BENCHMARK/METHOD.json. The best one's file goes
+into notebooks/runs/SCALE/tuned.
 """
 
 import argparse
@@ -87,6 +88,11 @@ def world(of: Experiment) -> Federation:
     return Federation(train, split, full.subset(np.sort(held)))
 
 
+def halved(of: Experiment) -> Experiment:
+    """The experiment with half of its rounds."""
+    return replace(of, federated=replace(of.federated, rounds=-(-of.federated.rounds // 2)))
+
+
 def trial(of: Experiment, answers: Path, done: dict[str, FedResult]) -> float:
     """Top-1 on the held-out images: the mean of the last rounds, or of the aligned model."""
     federation = world(of)
@@ -124,7 +130,7 @@ def tune(benchmark: Path, name: str) -> None:
     done: dict[str, FedResult] = {}
     for settings in combinations(choices)[len(trials) :]:
         of = experiment_of({**merge(read_settings([benchmark]), merge(what, settings)), "seed": SEED})
-        top1 = trial(of, RESULTS / scale / "answers", done)
+        top1 = trial(halved(of), RESULTS / scale / "answers", done)
         trials.append({"settings": settings, "top1": round(top1, 4)})
         write_json(out, trials)
         print(f"{name} {settings}: {100 * top1:.1f} %", flush=True)

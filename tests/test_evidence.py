@@ -62,19 +62,36 @@ def test_trials_and_runs_have_the_benchmarks_settings_and_the_rounds_best_ones(q
     monkeypatch.setattr(tune, "trial", lambda of, *more: (tried.append(of), of.federated.lr + of.align.lr)[1])
     for name in ("fedavg", "stage3", "feddf"):
         tune.tune(world, name)
-    assert len(tried) == 18 and {of.federated.rounds for of in tried} == {
-        of.federated.local_epochs for of in tried
-    } == {1}
+    assert len(tried) == 18 and {(of.federated.rounds, of.federated.local_epochs) for of in tried} == {(1, 1)}
     assert {of.federated.lr for of in tried[6:12]} == {0.5}, "stage 3 goes on from the best rounds"
     for name, of in (("fedavg", tried[5]), ("stage3", tried[10]), ("feddf", tried[15])):
         (run,) = read_runs([world], [tune.tuned_file(world, name)], [tune.SEED])
         assert run.experiment == of
 
 
+def test_a_trial_runs_half_of_the_rounds():
+    assert [
+        tune.halved(tune.experiment_of(WORLD | {"federated": {"rounds": n, "clients_per_round": 1}})).federated.rounds
+        for n in (1, 2, 5, 40)
+    ] == [1, 1, 3, 20]
+
+
+def test_an_anchor_has_fedavgs_settings_and_no_trials(queue, monkeypatch):
+    monkeypatch.setattr(evidence, "QUEUE", [("laptop/world", ["fedavg", "small"], [0])])
+    (queue / "laptop/tuned").mkdir()
+    (queue / "laptop/tuned/fedavg.yaml").write_text("federated: {lr: 0.5}\n")
+    (queue / "laptop/anchors").mkdir()
+    (queue / "laptop/anchors/small.yaml").write_text("num_clients: 3\n")
+    monkeypatch.setattr(evidence, "ANCHORS", ["small"])
+    assert [str(job) for job in evidence.undone()] == [f"laptop/world: {name}, seed 0" for name in ("fedavg", "small")]
+    of = list(evidence.undone())[1].run().experiment
+    assert (of.num_clients, of.federated.lr, of.federated.rounds) == (3, 0.5, 1)
+
+
 def test_every_method_has_six_trials_and_none_uses_a_test_image():
     for what, choices in tune.METHODS.values():
         assert len(tune.combinations(choices)) == 6 and not {"seed", "dataset"} & what.keys()
-    assert {name for _, methods, _ in evidence.QUEUE for name in methods} <= tune.METHODS.keys()
+    assert {m for _, methods, _ in evidence.QUEUE for m in methods} <= tune.METHODS.keys() | set(evidence.ANCHORS)
     federation = tune.world(tune.experiment_of(WORLD))
     train, held = ({image.tobytes() for image in part.images} for part in (federation.train, federation.test))
     test = {image.tobytes() for image in tune.load_clients_part(tune.experiment_of(WORLD)).images}

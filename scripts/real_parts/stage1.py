@@ -170,4 +170,4 @@ def settings_of(condition: Condition) -> PretrainSettings:
 
 def weights_path(folder: Path, name: str, seed: int) -> Path:
     """Where the compact model of a condition and seed is kept."""
-    return folder / "models" / f"{name}_seed{seed}.safetensors"
+    return folder / "weights" / f"{name}_seed{seed}.safetensors"
