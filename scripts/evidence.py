@@ -36,7 +36,7 @@ QUEUE = [  # benchmark, methods, seeds
     (MEDIUM, ["fedavg", *PRIMARY, *OTHERS[1:5]], range(3)),
     (MEDIUM, PRIMARY, range(3, 5)),
     (MEDIUM, [*OTHERS[5:], "server_only_ce"], range(3)),
-    (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], range(5, 10)),
+    (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], [5, 6, 8, 9, 10]),  # the trials have seed 7
 ]
 
 

@@ -1,0 +1,119 @@
+"""The runs of results/PROTOCOL.md: each row's accuracy, and the five primary differences with Holm's correction.
+
+    python scripts/primary.py    # prints both tables of each world
+
+All figures come from results/SCALE/tuned. Seeds that one of two rows lacks are left out of their difference.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sweep import RESULTS
+
+from mllmfl_lite.runs.results import load_result
+from mllmfl_lite.teaching.compare import Difference, mean_and_spread, paired_difference
+from mllmfl_lite.teaching.tables import percent
+
+WORLDS = {
+    "laptop/tuned/cifar10_mini_lt_if10_long": "Laptop: bundled images, imbalance factor 10, 40 rounds of 4 epochs",
+    "medium/tuned/cifar10_lt_if100_clean": "Medium: CIFAR-10-LT, imbalance factor 100, 60 rounds of 2 epochs",
+}
+QUESTIONS = {
+    "Q1": ("Does stage 1, learned from words, help after all three stages?", "mllm_llava_fl", "stage3"),
+    "Q2": ("Does stage 3 help the best client?", "fedyoyo_stage3", "fedyoyo"),
+    "Q3": ("Does stage 1 help the best client, after stage 3?", "fedyoyo_all_three", "fedyoyo_stage3"),
+    "Q4": ("Does the KL term help, each loss with its own step size?", "stage3", "stage3_ce"),
+    "Q5": ("Do the clients add to what the server can do alone?", "stage3", "server_only"),
+}
+NAMES = {
+    "fedavg": "FedAvg", "fedavg_strong": "FedAvg, strong augmentation", "balanced_softmax": "balanced softmax",
+    "fedyoyo": "FedYoYo", "creff": "CReFF", "clip2fl": "CLIP2FL", "feddf": "FedDF", "fednpc": "FedNPC",
+    "fedprox": "FedProx", "fedavgm": "FedAvgM", "stage1": "stages 1 and 2", "stage3": "stages 2 and 3",
+    "stage3_ce": "stages 2 and 3, cross-entropy alone", "mllm_llava_fl": "all three stages",
+    "mllm_llava_fl_ce": "all three stages, cross-entropy alone", "server_only": "stage 3 without clients",
+    "server_only_ce": "stage 3 without clients, cross-entropy alone", "fedyoyo_stage3": "FedYoYo, then stage 3",
+    "fedyoyo_all_three": "stage 1, FedYoYo, stage 3", "balanced_iid": "reference: balanced IID data, FedAvg",
+    "one_place": "reference: all images in one place",
+}  # fmt: skip
+
+
+class Primary(NamedTuple):
+    """One primary difference: paired seeds, the difference in [0, 1] and Holm's adjusted p-value."""
+
+    seeds: list[int]
+    found: Difference
+    p: float
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjust p-values for several questions at once (S. Holm, 1979)."""
+    rising = np.argsort(p_values)
+    raised = np.asarray(p_values)[rising] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[rising] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    return adjusted.tolist()
+
+
+def read(folder: Path) -> dict[str, dict[int, dict]]:
+    """The results of a world, by row and seed. One whose sets share an image is a ValueError."""
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = load_result(path)
+        if shared := {pair: n for pair, n in result["data"].get("overlap", {}).items() if n}:
+            raise ValueError(f"{path}: two sets share images ({shared}); such a row is not used")
+        found.setdefault(result["label"], {})[result["parameters"]["seed"]] = result
+    return found
+
+
+def primary(rows: dict[str, dict[int, dict]]) -> dict[str, Primary]:
+    """The primary differences that have two seeds or more; Holm's correction is over all five."""
+    differences, seeds = {}, {}
+    for name, (_, ours, theirs) in QUESTIONS.items():
+        both = sorted(rows.get(ours, {}).keys() & rows.get(theirs, {}).keys())
+        if len(both) > 1:
+            seeds[name] = both
+            top1 = [[rows[row][seed]["summary"]["top1"] for seed in both] for row in (ours, theirs)]
+            differences[name] = paired_difference(*top1)
+    missing = [1.0] * (len(QUESTIONS) - len(differences))
+    adjusted = holm([found.p for found in differences.values()] + missing)
+    return {
+        name: Primary(seeds[name], found, p)
+        for (name, found), p in zip(differences.items(), adjusted, strict=False)
+    }  # fmt: skip
+
+
+def tables(results: Path = RESULTS) -> Iterator[str]:
+    """Lines of Markdown: for each world that has runs, its rows and its primary differences."""
+    for place, title in WORLDS.items():
+        if rows := read(results / place):
+            yield from (
+                f"### {title}",
+                "",
+                "| row | seeds | all classes | frequent | middle | rare |",
+                "|---|---|---|---|---|---|",
+            )
+            yield from (row(NAMES[name], list(rows[name].values())) for name in NAMES if name in rows)
+            yield from ("", "| question | seeds | difference in points (95 %) | p, Holm | |", "|---" * 5 + "|")
+            yield from (answer(name, *found) for name, found in primary(rows).items())
+            yield ""
+
+
+def row(name: str, results: list[dict]) -> str:
+    """A row's line: mean and spread over its seeds."""
+    all_classes = [result["summary"]["top1"] for result in results]
+    groups = [[result["summary"]["groups"][part] for result in results] for part in ("head", "middle", "tail")]
+    cells = [percent(*mean_and_spread(values)) for values in (all_classes, *groups)]
+    return f"| {name} | {len(results)} | {' | '.join(cells)} |"
+
+
+def answer(name: str, seeds: list[int], found: Difference, p: float) -> str:
+    """A question's line."""
+    shown = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    verdict = "not shown" if p >= 0.05 else "yes" if found.mean > 0 else "no: it costs points"
+    return f"| {QUESTIONS[name][0]} | {len(seeds)} | {shown} | {p:.3f} | {verdict} |"
+
+
+if __name__ == "__main__":
+    print(*tables(), sep="\n")

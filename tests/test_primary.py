@@ -1,0 +1,65 @@
+"""The primary differences: Holm's correction by hand, pairs of seeds, rows that share images; committed files hold."""
+
+import evidence
+import primary
+import pytest
+import tune
+from scipy import stats
+
+from mllmfl_lite.runs.results import result_path, save_result
+from mllmfl_lite.runs.run import finished
+
+
+def test_holms_correction_by_hand():
+    """The smallest times 5, the next times 4, ..., never falling, at most 1."""
+    assert primary.holm([0.04, 0.001, 0.02, 0.5, 0.03]) == pytest.approx([0.09, 0.005, 0.08, 0.5, 0.09])
+    assert primary.holm([0.6, 0.7]) == [1.0, 1.0] and primary.holm([0.01]) == [0.01]
+
+
+@pytest.fixture
+def world(tmp_path):
+    def write(label, seed, top1, overlap=0):
+        groups = dict.fromkeys(("head", "middle", "tail"), top1)
+        save_result(
+            tmp_path / "laptop/tuned/cifar10_mini_lt_if10_long" / f"{label}_seed{seed}.json",
+            {
+                "label": label, "parameters": {"seed": seed}, "history": [], "provenance": {},
+                "summary": {"top1": top1, "groups": groups}, "data": {"overlap": {"clients and pool": overlap}},
+            },
+        )  # fmt: skip
+
+    for seed, (ours, theirs) in enumerate([(0.40, 0.36), (0.42, 0.37), (0.41, 0.38)]):
+        write("stage3", seed, ours)
+        write("server_only", seed, theirs)
+    write("stage3", 3, 0.9)  # without a partner
+    write("fedyoyo", 0, 0.3)
+    return tmp_path, write
+
+
+def test_a_difference_is_over_seeds_that_both_rows_have(world):
+    rows = primary.read(world[0] / "laptop/tuned/cifar10_mini_lt_if10_long")
+    (name, found), *more = primary.primary(rows).items()
+    p = stats.ttest_rel([0.40, 0.42, 0.41], [0.36, 0.37, 0.38]).pvalue
+    assert (name, more, found.seeds) == ("Q5", [], [0, 1, 2])
+    assert found.found.mean == pytest.approx(0.04) and found.p == pytest.approx(min(5 * p, 1))
+    lines = "\n".join(primary.tables(world[0]))
+    assert "| FedYoYo | 1 | 30.0 | 30.0 |" in lines and "| 3 | +4.0 (" in lines and "Medium" not in lines
+
+
+def test_a_row_whose_sets_share_images_is_refused(world):
+    world[1]("fedavg", 0, 0.3, overlap=2)
+    with pytest.raises(ValueError, match=r"fedavg_seed0.json: two sets share images .*clients and pool.: 2"):
+        list(primary.tables(world[0]))
+
+
+def test_committed_files_are_of_the_protocol():
+    """Each is a row of the queue, with the settings of the best trial and a seed that is not the trials'."""
+    for place in primary.WORLDS:
+        scale, _, benchmark = place.split("/")
+        folder, rows = primary.RESULTS / place, primary.read(primary.RESULTS / place)
+        for label, seed in [(label, seed) for label, runs in rows.items() for seed in runs]:
+            job = evidence.Job(evidence.RUNS / scale / f"{benchmark}.yaml", label, seed)
+            finished(result_path(folder, label, seed), job.run().experiment)
+            assert seed != tune.SEED, "no result uses the tuning seed"
+    queued = {name for _, methods, _ in evidence.QUEUE for name in methods}
+    assert {name for _, *pair in primary.QUESTIONS.values() for name in pair} <= queued <= primary.NAMES.keys()
