@@ -10,6 +10,7 @@ from mllmfl_lite.teaching.plotting import GROUP_COLOURS
 FIGURES = Path(__file__).parent.parent / "book" / "figures"
 INK, QUIET, SERVER, CLIENT, LARGE, SMALL = "#1b2733", "#5d6b7a", "#e8eef6", "#f6f1e7", "#5b4b8a", "#00795a"
 HEAD, MIDDLE, TAIL = GROUP_COLOURS.values()
+RUST = "#a84a00"  # TAIL, dark enough for words
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
@@ -285,7 +286,7 @@ def handover_figure():
         lines(738, 114, ["how likely is", "“A blue boat.”,", "the annotation?"], 12, INK),
         '<path d="M740 166 C740 262 420 262 220 226" stroke="#D55E00" stroke-width="2" fill="none" '
         'stroke-dasharray="7 4" marker-end="url(#tip)"/>',
-        text(560, 262, "gradients train g and P_s alone", 13, "#a84a00"),
+        text(560, 262, "gradients train g and P_s alone", 13, RUST),
         text(24, 300, "α = 0", 13, LARGE, "start", "600"),
         *[box(78 + 80 * i, 288, 78, 14, colour, radius=0) for i, colour in enumerate(HANDOVER)],
         text(800 - 24, 300, "α = 1", 13, SMALL, "end", "600"),
@@ -366,6 +367,53 @@ def pipeline_figure():
     ]
     under = text(400, 166, "one folder: what is there, with the same settings, is not made again", 13.5, QUIET)
     save("06_pipeline.svg", 812, 184, "Five files, one after the other, in one folder", *chain(steps, 118), under)
+
+
+def retrained(name, title, on_client, on_server):
+    """What CReFF and CLIP2FL share: a client's second upload, synthetic features, a new last layer."""
+    parts = [
+        box(18, 20, 232, 258, CLIENT),
+        client(32, 34, 0.9),
+        text(70, 56, "each client", 15, INK, "start", "600"),
+        data(169, 74, [34, 8, 0, 16, 0, 0, 0, 4, 0, 0], 6, 1.4),
+        *on_client,
+        arrow(254, 120, 326, 120),
+        arrow(254, 196, 326, 196),
+        lines(290, 108, ["weights"], 13),
+        lines(290, 184, ["gradients"], 13, RUST),
+        box(332, 20, 222, 258, SERVER),
+        server(346, 34, 0.8),
+        text(394, 56, "synthetic features", 15, INK, "start", "600"),
+        data(382, 130, [40] * 10, 10, 2),
+        lines(443, 154, ["100 vectors for each class,", "moved until they give", "the clients’ gradients"], 13, INK),
+        *on_server,
+        arrow(558, 148, 588, 148),
+        box(594, 20, 188, 258, "#eaf5f0"),
+        text(688, 56, "a new last layer", 15, INK, weight="600"),
+        small_model(640, 82, 1.3),
+        box(698, 92, 10, 34, TAIL, radius=2),
+        lines(688, 166, ["trained on these vectors:", "as many for a rare class", "as for a common one"], 13, INK),
+        lines(688, 240, ["it is tested; the next round", "starts from mean weights"], 12.5),
+    ]
+    save(name, 800, 298, title, *parts)
+
+
+def rivals_figures():
+    on_client = [
+        small_model(58, 108, 1.1),
+        lines(172, 122, ["trains on its", "own images"], 13, INK),
+        lines(134, 200, ["the mean gradient of the", "last layer, for each class", "that it holds"], 13, RUST),
+    ]
+    retrained("06_creff.svg", "CReFF retrains the last layer from the clients’ gradients", on_client, [])
+    on_client = [
+        large_model(36, 94, 84, 44, ["CLIP"]),
+        arrow(124, 116, 152, 116),
+        small_model(160, 98, 0.9),
+        lines(134, 164, ["CLIP’s answers about the client’s", "own images teach the model"], 12.5, LARGE),
+        lines(134, 216, ["the mean gradient of the", "last layer, for each class", "that it holds"], 13, RUST),
+    ]
+    on_server = [lines(443, 230, ["and a little towards CLIP’s", "vector of the class name"], 12.5, LARGE)]
+    retrained("06_clip2fl.svg", "CLIP2FL adds a CLIP on the clients and on the server", on_client, on_server)
 
 
 def failures_figure():
@@ -454,6 +502,7 @@ def draw_all():
     handover_figure()
     alignment_figure()
     pipeline_figure()
+    rivals_figures()
     scarce_figure()
     failures_figure()
     leaks_figure()

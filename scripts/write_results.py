@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, RUNS, RESULTS = ROOT / "book" / "results.md", ROOT / "notebooks" / "runs", ROOT / "results"
 SEEDS = range(3)  # of a sweep that has not been run
 NAMES = {"cifar10_mini": "CIFAR-10-LT, the bundled images", "cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
-SCALES = ("paper", "medium", "laptop")
+SCALES = ("laptop", "medium", "paper")
 BENCHMARKS = ("cifar10_lt_if100", "cifar10_lt_if50", "cifar10_lt_if10", "cifar100_lt_if100", "cifar100_lt_if50",
               "cifar100_lt_if10", "imagenet_lt", "cifar10_mini_lt_if100", "cifar10_mini_lt_if50",
               "cifar10_mini_lt_if10")  # fmt: skip
-FIGURES = {"top1": "top-1, all classes", "few": "top-1, classes with few images"}
+FIGURES = {"top1": "all classes", "few": "classes with few images"}
 ORDER = ("fedavg", "fedprox", "fedavgm", "creff", "clip2fl", "mllm_llava_fl", "mllm_llava_fl_ce", "stage1", "stage3",
          "stage3_ce")  # fmt: skip
 PROTOCOL = {
@@ -38,38 +38,66 @@ PROTOCOL = {
 
 INTRODUCTION = """# Results
 
-Every figure that a run from a file has produced. `make results` writes this page from the files in `results/`; a test
-compares it with them.
+**In short: on the laptop, each run with stage 3 is far ahead of each run without it, and mostly on the rare
+classes.** A gain from stage 1, or from the clients beside the server, is not shown there.
+[Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables and has the controls.
 
-- **A figure** is top-1 on the whole test set in percent. For a run without stage 3 it is the mean over the last ten
-  tested rounds (laptop: five). With stage 3 it is that of the aligned model. Then follow mean ± standard deviation
-  over seeds. *head* and *tail* are the thirds of the classes with the most and the fewest images.
-- **Time** is the mean time of one seed's rounds, without stages 1 and 3. The runs had one of two cores; both were at
-  work, at times with other work beside.
-- **Others' figures** stand before our tables, never in them: models, teachers, web images and budgets differ.
-- **What ours say** is read in [chapter 6](../notebooks/06_three_stages_together.ipynb), beside controls and paired
-  tests. With stand-ins that know these classes, they do not test the paper's claim.
-- **run** names a file in `notebooks/runs/methods`, the heading one in `notebooks/runs`:
-  `make paper SCALE=medium RUN=cifar10_lt_if100/fedavg` runs the first row of the medium table.
+This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
+report, then what was not run, with its price. `make results` writes the page from the files in `results/`. A test
+compares the two.
+
+How to read a table:
+
+- **all** is the accuracy (top-1) on the whole test set, in per cent. **head** is the third of the classes with the
+  most training images, **tail** the third with the fewest.
+- A figure is the mean over seeds. After "±" stands the standard deviation over seeds.
+- A run without stage 3 reports the mean of its last ten tested rounds (on the laptop: five). A run with stage 3
+  reports the aligned model.
+- **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
+  and other work ran at the same time.
+- **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So
+  `make paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs the first row of the first table.
+
+All runs were made before `results/PROTOCOL.md` was written. So they are exploratory.
 
 """
-NOTE = """
-The paper's protocol as far as it is known has 20 clients, 8 a round, and 200 rounds of 10 local epochs. Batches hold
-32 images, the step size is 0.1, the model is ResNet-8 at width 64 (ResNet-50 for ImageNet-LT). The rest is our
-reading: how the teachers are asked, which web images are used and how many, and the rounds on ImageNet-LT. At laptop
-and medium scale with CIFAR-10 the MLLM and CLIP are stand-ins that learned these classes from CIFAR images.
+WORLDS = {
+    "laptop": """## On the laptop: clean
 
-**The medium tables leak.** About five of six of the clients' images are among those that the stand-ins learned from.
-The pool shares 359 to 389 images with the clients. So rows with a teacher or a pool flatter there. The laptop's
-images are disjoint. All figures were measured before `results/PROTOCOL.md` was written: they are exploratory.
+No image is shared between the clients, the server's open images and the test set. The multimodal LLM and CLIP are
+stand-ins. They learned the ten classes from other CIFAR images.
+
+""",
+    "medium": """## In the larger world: not clean
+
+```{warning}
+**These tables leak.** The stand-ins learned, with labels, from about five of six of the clients' images. The open
+images share 359 to 389 images with the clients. So rows with a teacher or with open images look better than they
+should.
+```
+
+""",
+}
+OTHERS = """## What others report
+
+These figures stand apart from ours. Their models, teachers, web images and budgets differ.
 
 """
 NOT_RUN = """## Not run yet
 
-Hours are **estimates** for one H100 and three seeds; what runs share counts once. They are counted operations over
-rates that no run has checked. CReFF's and CLIP2FL's servers are left out. `make sweep SCALE=paper RUN=cifar10_lt_if100`
-runs the methods of `notebooks/runs/methods`; with `PLAN=1` it says more.
+Here is what was not run, with its price. Hours are **estimates** for one H100 and three seeds. What several runs
+share is counted once. The hours are counted operations, divided by rates that no run has checked. The servers of
+CReFF and CLIP2FL are not counted. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs the methods of
+`notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
 
+"""
+SETTINGS = """## What the scales differ in
+
+"""
+NOTE = """
+The first column is the paper's protocol, as far as it is known. Batches hold 32 images, the step size is 0.1, and
+ImageNet-LT has a ResNet-50. The rest is our reading: how the teachers are asked, which web images are used and how
+many, and the rounds on ImageNet-LT.
 """
 
 
@@ -87,21 +115,17 @@ def main() -> None:
 
 def page() -> str:
     """The whole page as Markdown."""
-    parts = [INTRODUCTION, "## What the scales differ in\n\n", _protocols(), NOTE]
     lacking = []
-    for name in BENCHMARKS:
-        tables = []
-        for scale in SCALES:
-            if (RUNS / scale / f"{name}.yaml").exists():
-                rows = rows_of(scale, name)
-                tables += (
-                    [_results(scale, name, [row for row in rows if row.found])] if any(r.found for r in rows) else []
-                )
-                lacking.append((scale, name, [row.run for row in rows if not row.found], len(rows)))
-        if tables or _reported(name):
-            parts += [f"## {_title(name)}\n\n", _reported(name), *tables]
-    lacking.sort(key=lambda line: SCALES.index(line[0]))
-    parts += [NOT_RUN, _prices(lacking), "\nWhat there is to fetch, none of it by us:\n\n", _fetched(lacking)]
+    tables: dict[str, list[str]] = {scale: [] for scale in SCALES}
+    for scale in SCALES:
+        for name in (name for name in BENCHMARKS if (RUNS / scale / f"{name}.yaml").exists()):
+            rows = rows_of(scale, name)
+            if run := [row for row in rows if row.found]:
+                tables[scale].append(_results(scale, name, run))
+            lacking.append((scale, name, [row.run for row in rows if not row.found], len(rows)))
+    parts = [INTRODUCTION, *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of))]
+    parts += [OTHERS, _reported(), NOT_RUN, _prices(lacking), "\nThis is what you would have to fetch:\n\n"]
+    parts += [_fetched(lacking), "\n", SETTINGS, _protocols(), NOTE]
     return "".join(parts).rstrip() + "\n"
 
 
@@ -146,16 +170,16 @@ def _protocols() -> str:
     return _table(["setting", *shown], rows)
 
 
-def _reported(name: str) -> str:
-    lines = [
-        f"- {FIGURES[what.removeprefix(f'{name}_')]}: "
-        + ", ".join(f"{_words(method)} {value:.2f}" for method, value in figures.items())
-        + f" ({of['source']})\n"
+def _reported() -> str:
+    rows = [
+        [_title(name), _words(method), f"{value:.2f}", FIGURES[what.removeprefix(f"{name}_")], of["source"]]
+        for name in BENCHMARKS
         for of in reported().values()
         for what, figures in of.items()
         if what.removeprefix(f"{name}_") in FIGURES
+        for method, value in figures.items()
     ]
-    return "Reported by others:\n\n" + "".join(lines) + "\n" if lines else ""
+    return _table(["benchmark", "method", "top-1 (%)", "of", "source"], rows) + "\n"
 
 
 def _words(method: str) -> str:
@@ -165,7 +189,7 @@ def _words(method: str) -> str:
 def _results(scale: str, name: str, rows: list[Row]) -> str:
     header = ["method", "all", "head", "tail", "seeds", "time", "run"]
     table = _table(header, [_filled(row) for row in rows])
-    return f"### {scale.capitalize()} scale: `{scale}/{name}`\n\n{table}\n{_made_with(rows)}\n"
+    return f"### {_title(name)}: `{scale}/{name}`\n\n{table}\n{_made_with(rows)}\n"
 
 
 def _filled(row: Row) -> list[str]:

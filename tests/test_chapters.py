@@ -40,6 +40,7 @@ RUNS = [
             "kill_at": [1]}),
     ("a1", {"hidden_size": 32, "layers": 1, "num_test": 50, **SMALL}),
     ("a1", {"batch_size": 8, "num_test": 100, "seed": 9, **SMALL}),
+    ("a2", {"seed": 2}),
     ("a3", {"rounds": 1, "epochs": 1}),
     ("a3", {"rounds": 2, "epochs": 2, "seed": 4}),
 ]  # fmt: skip
@@ -59,6 +60,7 @@ REFUSED = [
     ("09", {"clip": 0.0}, "clip must be a number from 1e-06 to 1000000.0; got 0.0"),
     ("10", {"kill_at": "early"}, "kill_at must be a list of whole numbers from 1 to 5; got 'early'"),
     ("10", {"benchmark": "cifar"}, "benchmark must be one of 'cifar100_lt_if10', "),
+    ("a2", {"seed": 3}, "seed must be a whole number from 0 to 2; got 3"),
     ("a3", {"epochs": 0}, "epochs must be a whole number from 1 to 100; got 0"),
     ("a1", {"both_samples": 10}, "both_samples must be a whole number from 320 to 10000000; got 10"),
 ]

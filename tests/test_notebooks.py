@@ -17,7 +17,8 @@ PROSE = {
 }
 LITERALS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list}
 
-TOUR, CASES = "00_ten_minute_tour.ipynb", "a3_how_we_fooled_ourselves.ipynb"  # have rhythms of their own
+# These have rhythms of their own.
+TOUR, TABLES, CASES = "00_ten_minute_tour.ipynb", "a2_behind_chapter_6.ipynb", "a3_how_we_fooled_ourselves.ipynb"
 
 every_chapter = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -108,7 +109,7 @@ def test_cells_are_short(name):
     assert max(len(line) for cell in code_cells(name) for line in cell.source.splitlines()) <= 88
 
 
-@pytest.mark.parametrize("name", sorted(NOTEBOOKS.keys() - {TOUR, CASES}))
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS.keys() - {TOUR, TABLES, CASES}))
 def test_the_rhythm_of_a_chapter(name):
     text = prose(name)
     assert text.startswith("# ") and "```{figure}" in text.split("## ")[0], "a title, a claim and a drawing"
@@ -151,12 +152,21 @@ def test_the_rhythm_of_the_cases():
     cases = re.findall(r"^## Case \d.*?(?=^## |\Z)", text, re.M | re.S)
     assert len(cases) == 5
     for case in cases:
-        parts = [case.find(f"**{part}") for part in ("What we believed.**", "What undeceived us", "The habit.**")]
+        parts = [case.find(f"**{part}") for part in ("What we believed.**", "What showed the error", "The habit.**")]
         assert -1 not in parts and parts == sorted(parts), case
     for heading in ("At a glance", "Set-up", "Check yourself", "Summary", "Five questions", "Further reading"):
         assert f"\n## {heading}\n" in text, heading
     assert 1000 <= words_before_a_click(text) <= 1800
     assert sum(cell.source.count("assert ") for cell in code_cells(CASES)) >= 2 * len(cases)
+
+
+def test_the_rhythm_of_the_tables():
+    text = prose(TABLES)
+    for heading in ("At a glance", "Set-up", "Check yourself", "Summary", "Five questions", "Further reading"):
+        assert f"\n## {heading}\n" in text, heading
+    assert 1000 <= words_before_a_click(text) <= 2500
+    checked = sum("assert " in cell.source for cell in code_cells(TABLES))
+    assert checked >= text.count("**Read the table") >= 5, "a cell checks what is said of a table"
 
 
 @every_chapter

@@ -11,13 +11,13 @@ import pytest
 from mllmfl_lite.federated import FedAvg, FedSettings
 from mllmfl_lite.measure.cost import client_cost
 from mllmfl_lite.models import build_model
-from mllmfl_lite.runs import Experiment, load_federation, load_result
+from mllmfl_lite.runs import Experiment, load_federation, load_result, load_results
 from mllmfl_lite.runs import needs as module
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.plan import RATES, estimate, image_operations, in_words, total_hours
 from mllmfl_lite.stages.align import AlignSettings
 from mllmfl_lite.stages.pretrain import PretrainSettings
-from mllmfl_lite.teaching.compare import reported
+from mllmfl_lite.teaching.compare import group_by_label, paired_difference, reported
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = Experiment("cifar10_mini", method="clip2fl", stages=(2, 3))
@@ -218,6 +218,23 @@ def test_rows_of_the_results_page():
     price = next(line for line in page.splitlines() if line.startswith("| paper | imagenet_lt |"))
     assert all(word in price for word in ("17 of 17", "ImageNet, the official lists", "LLaVA-1.5-7B", "\u00a0h |"))
     assert all(len(set(map(len, block))) == 1 for block in columns(page)), "a cell with a bar that is not escaped"
+
+
+@pytest.mark.parametrize("factor", [100, 50, 10])
+def test_what_the_results_page_says_in_short(factor):
+    runs = group_by_label(load_results(ROOT / f"results/laptop/cifar10_mini_lt_if{factor}"))
+
+    def top1(label):
+        return [result["summary"]["top1"] for result in runs[label]]
+
+    aligned = {label for label in runs if runs[label][0].get("aligned")}
+    lowest, highest = (
+        min(np.mean(top1(one)) for one in aligned),
+        max(np.mean(top1(one)) for one in runs.keys() - aligned),
+    )
+    assert lowest > highest + 0.1
+    for one, other in (("mllm_llava_fl", "stage3"), ("stage1", "fedavg"), ("stage3", "server_only")):
+        assert paired_difference(top1(one), top1(other)).low < 0, f"a gain of {one} over {other} is shown"
 
 
 def columns(page):
