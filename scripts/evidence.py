@@ -29,7 +29,9 @@ OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "fe
 ANCHORS = ["balanced_iid", "one_place"]  # other data, FedAvg's settings: no trials, compared with nothing
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
-    (LAPTOP, WITH_STAGE_1, range(3)),  # weights of stage 1 have three seeds
+    (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
+    (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
+    (LAPTOP, WITH_STAGE_1[2:], range(3)),
     (LAPTOP, [*OTHERS[1:5], *ANCHORS], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "server_only_ce"], range(3)),

@@ -88,16 +88,19 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
     """Lines of Markdown: for each world that has runs, its rows and its primary differences."""
     for place, title in WORLDS.items():
         if rows := read(results / place):
-            yield from (
-                f"### {title}",
-                "",
-                "| row | seeds | all classes | frequent | middle | rare |",
-                "|---|---|---|---|---|---|",
-            )
-            yield from (row(NAMES[name], list(rows[name].values())) for name in NAMES if name in rows)
-            yield from ("", "| question | seeds | difference in points (95 %) | p, Holm | |", "|---" * 5 + "|")
-            yield from (answer(name, *found) for name, found in primary(rows).items())
-            yield ""
+            yield from (f"### {title}", "", *table_of_rows(rows), "", *table_of_answers(rows), "")
+
+
+def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
+    """Each row's accuracy, in per cent: mean and standard deviation over its seeds."""
+    yield from ("| row | seeds | all classes | frequent | middle | rare |", "|---" * 6 + "|")
+    yield from (row(NAMES[name], list(rows[name].values())) for name in NAMES if name in rows)
+
+
+def table_of_answers(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
+    """Each primary difference that has two seeds or more."""
+    yield from ("| question | seeds | points (95 %) | p, Holm | |", "|---" * 5 + "|")
+    yield from (answer(name, *found) for name, found in primary(rows).items())
 
 
 def row(name: str, results: list[dict]) -> str:
