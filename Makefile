@@ -7,6 +7,9 @@ INSTALLED := .venv/.installed$(if $(NEWEST),-newest)
 PACKAGE := $(shell find mllmfl_lite -type f ! -path '*/__pycache__/*')
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
+# Several notebooks are executed at a time, the longest first: one a core, at most four (1 to 2 GB of memory each).
+LONGEST := $(foreach chapter,03 06 07 04 05 a1,$(filter _build/executed/$(chapter)_%,$(EXECUTED)))
+AT_A_TIME = -j$(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*' ! -path '*/tuning/*' ! -path '*/tuned/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f ! -path '*/__pycache__/*')
 BOOK := _build/html/.built
@@ -22,7 +25,7 @@ export PYTHONUTF8 := 1
 
 .PHONY: help setup tour book test lint flower paper sweep results evidence clean
 MORE := serve pdf slides unit notebooks browser lock outputs quizzes annotations tables harness bench bench-peers real-parts
-.PHONY: $(MORE)
+.PHONY: $(MORE) executed
 .DELETE_ON_ERROR:
 
 help:  ## list the verbs
@@ -63,16 +66,20 @@ tour: _build/executed/00_ten_minute_tour.ipynb $(PAGES)  ## execute and render t
 	@$(BIN)/jupyter-book build --quiet --path-output _build/tour _build/tour > _build/tour/log 2>&1 || { cat _build/tour/log; exit 1; }
 	@echo "open $(CURDIR)/_build/tour/_build/html/index.html"
 
-book: $(BOOK)  ## execute every notebook at laptop scale and render the book to _build/html
+book: executed  ## execute every notebook at laptop scale and render the book to _build/html
+	@$(MAKE) -s $(BOOK)
 	@echo "open $(CURDIR)/_build/html/index.html"
 
 # Other versions of the packages execute them anew.
 _build/executed/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RESULTS) $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "executing $<"
-	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< $@.part.ipynb \
-	  2> >(grep -v 'IPKernelApp. WARNING . Kernel is running over TCP' >&2)  # on this machine only
+	@$(BIN)/python scripts/execute.py $< $@.part.ipynb
 	@mv $@.part.ipynb $@
+
+# A make of its own, so that `make test` still does one thing after the other; `make -j1 book` wins.
+executed: $(INSTALLED)
+	@$(MAKE) -s $(if $(filter -j%,$(MAKEFLAGS)),,$(AT_A_TIME)) $(LONGEST) $(EXECUTED)
 
 # Rendered from scratch each time, so that no warning hides in what Sphinx does not read again.
 $(BOOK): $(EXECUTED) $(PAGES) | $(INSTALLED)
@@ -88,11 +95,11 @@ serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 # The whole book as one PDF, by the browser that is there.
-pdf: $(BOOK)
+pdf: book
 	@$(BIN)/python scripts/print_book.py
 
 # Slides for each chapter, from its own cells.
-slides: $(BOOK)
+slides: book
 	@$(BIN)/python scripts/make_slides.py
 
 test: lint unit notebooks browser  ## prove everything: lint, unit tests, every notebook's outputs, the rendered book
@@ -107,11 +114,11 @@ unit: $(INSTALLED)
 	@$(BIN)/pytest -n logical -m "not browser"
 
 # Looks at the rendered book in a headless browser, where there is one.
-browser: $(BOOK)
+browser: book
 	@$(BIN)/pytest -n logical -m browser -rs
 
 # Compares the outputs just computed with the committed ones (nbval).
-notebooks: $(EXECUTED)
+notebooks: executed
 	@$(BIN)/pytest -p no:cacheprovider notebooks
 
 # Kills, damaged files, hostile inputs, lying clients, odd servers: a table, in ten minutes.
@@ -157,7 +164,7 @@ results: $(INSTALLED)  ## write book/results.md from the results files
 	@$(BIN)/python scripts/write_results.py
 
 # Puts freshly computed outputs into notebooks/, after editing a chapter.
-outputs: $(EXECUTED)
+outputs: executed
 	@$(BIN)/python scripts/keep_outputs.py $(EXECUTED)
 	@touch $(EXECUTED)  # they are the newer ones still
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import primary
 
 from mllmfl_lite.runs import load_result
 from mllmfl_lite.runs.files import Run, read_runs
@@ -39,7 +40,7 @@ PROTOCOL = {
 INTRODUCTION = """# Results
 
 **In short: on the laptop, each run with stage 3 is far ahead of each run without it, and mostly on the rare
-classes.** A gain from stage 1, or from the clients beside the server, is not shown there.
+classes.** Where the clients train long enough, they add much to what the server can do alone.
 [Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables and has the controls.
 
 This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
@@ -58,7 +59,16 @@ How to read a table:
 - **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So
   `make paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs the first row of the first table.
 
-All runs were made before `results/PROTOCOL.md` was written. So they are exploratory.
+"""
+PLANNED = """## The five questions of the protocol
+
+`results/PROTOCOL.md` was written before these runs. It has the five questions, the settings and the rules. Each row
+had six trials on held-out training images. *p, Holm* is the p-value, corrected for five questions. "Not shown" does
+not mean "no effect". `make evidence` goes on with the runs that are left. `python scripts/primary.py` prints these
+tables.
+
+"""
+OLDER = """All tables below were made before the protocol was written. So they are exploratory.
 
 """
 WORLDS = {
@@ -123,7 +133,8 @@ def page() -> str:
             if run := [row for row in rows if row.found]:
                 tables[scale].append(_results(scale, name, run))
             lacking.append((scale, name, [row.run for row in rows if not row.found], len(rows)))
-    parts = [INTRODUCTION, *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of))]
+    planned = [PLANNED, *(f"{line}\n" for line in primary.tables(RESULTS)), OLDER]
+    parts = [INTRODUCTION, *planned, *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of))]
     parts += [OTHERS, _reported(), NOT_RUN, _prices(lacking), "\nThis is what you would have to fetch:\n\n"]
     parts += [_fetched(lacking), "\n", SETTINGS, _protocols(), NOTE]
     return "".join(parts).rstrip() + "\n"

@@ -204,6 +204,7 @@ def test_the_results_page_is_what_the_committed_files_say():
     listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=False)
     committed = {ROOT / line for line in listed.stdout.splitlines()}
     folders = [ROOT / "results" / s / b for s in write_results.SCALES for b in write_results.BENCHMARKS]
+    folders += [ROOT / "results" / place for place in write_results.primary.WORLDS]
     if {path for folder in folders for path in folder.glob("*.json")} <= committed:
         assert write_results.PAGE.read_text(encoding="utf-8") == write_results.page(), "run `make results`"
 
