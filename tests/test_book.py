@@ -1,6 +1,9 @@
 """The rendered book in a real headless browser: it must be whole, quiet, readable and at home on a phone."""
 
+import json
+import re
 from html.parser import HTMLParser
+from itertools import product
 from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
@@ -107,45 +110,148 @@ def test_an_option_shows_its_feedback_by_mouse_and_by_keyboard(browser, site):
             assert feedback.inner_text() in ("Right.", "Wrong.")
 
 
-def turned(visit):
-    """What the tour's bars show: the label, and the numbers beside the bars."""
-    return visit.ask("[document.querySelector('figure output').innerText, ...[...document.querySelectorAll("
-                     "'figure .bar :last-child')].map(e => e.textContent)]")  # fmt: skip
+# ------------------------------------------------------------------------------------------- what a reader turns
+
+TURNED = [name for name in PAGES if '<figure class="explorable">' in (HTML / name).read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_tours_bars_are_turned_by_keyboard_touch_and_mouse(browser, width):
-    """From the file system, as a reader without a server has it."""
-    page = HTML / "notebooks" / "00_ten_minute_tour.html"
-    with Visit(browser, page.as_uri(), width) as visit:
-        assert visit.complaints == []
-        slider, last = visit.page.locator("figure input"), turned(visit)
-        slider.focus()
-        visit.page.keyboard.press("ArrowLeft")
-        before = turned(visit)
-        assert before[0] != last[0] and before[0] == slider.get_attribute("aria-valuetext")
-        visit.page.keyboard.press("End")
-        assert turned(visit) == last
-        box = slider.bounding_box()
-        visit.page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
-        first = turned(visit)
-        assert first != last and slider.input_value() == "0" and "round 0 " in first[0]
-        visit.page.locator("figure button").click()
-        visit.wait("document.querySelector('figure input').value > 1")
+def seen(figure):
+    """What an explorable shows: its sentence, and the drawing."""
+    return figure.locator("output").inner_text(), figure.locator(".picture").inner_html()
+
+
+def turn(visit, figure, k, knob, hand):
+    """Turn one knob to its second position, then to its first; say what was seen at each."""
+    buttons, shown = len(knob["positions"]) <= 4, []
+    group = figure.locator(".knob").nth(k)
+    for position in (1, 0):
+        if buttons:
+            target, share = group.locator("button").nth(position), 0.5
+        else:
+            target, share = group.locator("input"), position / (len(knob["positions"]) - 1)
+        box = target.bounding_box()
         assert box["height"] >= 40, "a finger finds it"
+        if hand == "keyboard":
+            target.focus()
+            for key in ["Enter" if position else "Space"] if buttons else ["Home"] + ["ArrowRight"] * position:
+                visit.page.keyboard.press(key)
+        else:
+            inside = {"x": 8 + share * (box["width"] - 16), "y": box["height"] / 2}  # 8 px: half of a slider's thumb
+            (target.click if hand == "mouse" else target.tap)(position=inside)
+        shown.append(seen(figure))
+        told = target.get_attribute("aria-pressed" if buttons else "aria-valuetext")
+        assert told == ("true" if buttons else knob["positions"][position])
+    return shown
 
 
-def test_the_tours_bars_stand_there_without_scripts_and_on_paper(browser, site):
+def test_most_chapters_have_something_to_turn():
+    assert len(TURNED) >= 1
+
+
+@pytest.mark.parametrize(("hand", "width"), [("keyboard", 390), ("touch", 390), ("keyboard", 1280), ("mouse", 1280)])
+@pytest.mark.parametrize("name", TURNED)
+def test_each_knob_is_turned(browser, name, hand, width):
+    """From the file system, as a reader without a server has it; each state is the one that its cell computed."""
+    with Visit(browser, (HTML / name).as_uri(), width, has_touch=hand == "touch") as visit:
+        for figure in visit.page.locator(".explorable").all():
+            data = json.loads(figure.locator("[type='application/json']").inner_text())
+            states = dict(zip(product(*(knob["positions"] for knob in data["knobs"])), data["says"], strict=True))
+            at = list(list(states)[data["start"]])
+            assert seen(figure)[0] == states[tuple(at)]
+            for k, knob in enumerate(data["knobs"]):
+                (second, drawn), (first, other) = turn(visit, figure, k, knob, hand)
+                assert second == states[(*at[:k], knob["positions"][1], *at[k + 1 :])]
+                at[k] = knob["positions"][0]
+                assert first == states[tuple(at)]
+                assert re.findall(r"\d+", first) != re.findall(r"\d+", second) and drawn != other
+                assert visit.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+        assert visit.complaints == [] and all(url.startswith(("file:", "data:")) for url in visit.requests)
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_what_can_be_turned_stands_there_without_scripts_and_on_paper(browser, site, name):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(site + "notebooks/00_ten_minute_tour.html")
-    assert not page.locator("figure .turn").is_visible() and page.locator("figure .bar").count() == 20
-    assert "after round 20" in page.locator("figure output").inner_text()
+    page.goto(site + name)
+    still = [seen(figure) for figure in page.locator(".explorable").all()]
+    assert all(len(say) > 20 for say, _ in still) and page.locator(".explorable .turn").count() == 0
+    assert all(svg.bounding_box()["height"] > 8 for svg in page.locator(".explorable svg").all())
     context.close()
-    with Visit(browser, site + "notebooks/00_ten_minute_tour.html") as visit:
-        assert visit.page.locator("figure .turn").is_visible()
+    with Visit(browser, site + name) as visit:
+        figures = visit.page.locator(".explorable")
+        assert [seen(figure)[0] for figure in figures.all()] == [say for say, _ in still], "it starts with the same"
+        assert figures.locator(".turn").count() == len(still)
         visit.page.emulate_media(media="print")
-        assert not visit.page.locator("figure .turn").is_visible()
+        assert not any(turn.is_visible() for turn in figures.locator(".turn").all())
+        assert all(output.is_visible() for output in figures.locator("output").all())
+
+
+def test_play_goes_on_to_the_last_round_and_stops(browser, site):
+    with Visit(browser, site + "notebooks/00_ten_minute_tour.html") as visit:
+        figure = visit.page.locator(".explorable")
+        play, end = figure.locator("button"), seen(figure)
+        assert play.inner_text() == "Play" and "after round 20" in end[0].lower()
+        play.click()
+        assert play.inner_text() == "Stop" and figure.locator("output").get_attribute("aria-live") == "off"
+        visit.wait("document.querySelector('.explorable input').value > 1")
+        play.click()
+        stopped = seen(figure)
+        visit.page.wait_for_timeout(700)
+        assert seen(figure) == stopped != end and play.inner_text() == "Play"
+        play.click()
+        visit.wait("document.querySelector('.explorable button').textContent === 'Play'")
+        assert seen(figure) == end and figure.locator("output").get_attribute("aria-live") is None
+
+
+@pytest.mark.parametrize(("motion", "lasts"), [("reduce", 0), ("no-preference", 0.25)])
+def test_nothing_moves_for_those_who_ask_for_that(browser, site, motion, lasts):
+    with Visit(browser, site + "notebooks/00_ten_minute_tour.html", reduced_motion=motion) as visit:
+        times = visit.ask("getComputedStyle(document.querySelector('.explorable rect')).transitionDuration").split(",")
+        assert {float(time.strip(" s")) for time in times} == {lasts}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_can_be_turned_can_be_read_and_shows_its_focus(browser, site, scheme):
+    with Visit(browser, site + "notebooks/01_long_tailed_clients.html", scheme=scheme) as visit:
+        visit.wait(f"document.documentElement.dataset.theme === '{scheme}'")
+        for part in ("output", "label span", "button[aria-pressed=true]", "button[aria-pressed=false]", "figcaption"):
+            colours = visit.page.evaluate(CONTRAST_SCRIPT, f".explorable {part}")
+            assert contrast(*colours) >= 4.5, (scheme, part, colours)
+        for kind in ("input", "button"):
+            visit.page.locator(f".explorable {kind}").first.focus()
+            visit.page.keyboard.press("Shift")  # the browser shows a focus to those who use keys
+            assert visit.ask("parseFloat(getComputedStyle(document.activeElement).outlineWidth)") >= 2
+
+
+def test_an_output_starts_where_it_is_put_in_later(browser, site):
+    """As in Jupyter: HTML without its scripts, made anew and put into the page; two of them, and keys of its own."""
+    with Visit(browser, site + "notebooks/01_long_tailed_clients.html") as visit:
+        visit.page.evaluate("""() => {
+          addEventListener("keydown", event => {
+            if (!event.target.hasAttribute("data-lm-suppress-shortcuts")) event.preventDefault()
+          }, true)
+          const output = document.querySelector(".explorable").cloneNode(true)
+          output.querySelector(".turn").remove()
+          delete output.dataset.on
+          document.body.replaceChildren()
+          for (const times of [1, 2]) {
+            const box = document.createElement("div")
+            box.innerHTML = output.outerHTML
+            for (const old of box.querySelectorAll("script")) {
+              const script = document.createElement("script")
+              for (const {name, value} of old.attributes) script.setAttribute(name, value)
+              script.textContent = old.textContent
+              old.replaceWith(script)
+            }
+            document.body.append(box)
+          }
+        }""")
+        one, other = visit.page.locator(".explorable").all()
+        before = seen(other)
+        assert one.locator(".turn").count() == other.locator(".turn").count() == 1
+        one.locator("input").focus()
+        visit.page.keyboard.press("Home")
+        assert seen(one) != before == seen(other) and visit.complaints == []
 
 
 def test_search_finds_a_term(browser, site):

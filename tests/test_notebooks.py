@@ -142,9 +142,40 @@ def test_the_rhythm_of_the_tour():
     assert headings[:2] == ["At a glance", "Set-up"] and headings[-2:] == ["What we found", "Where to go next"]
     assert not re.search(r"\{[a-z:-]+\}`|```\{", text), "roles and directives are the book's"
     assert 900 <= words_before_a_click(text) <= 1500
-    outputs = [output for cell in code_cells(TOUR) for output in cell.outputs]
-    (moving,) = [page for output in outputs if "<input type" in (page := output.get("data", {}).get("text/html", ""))]
-    assert len(moving) < 60_000
+
+
+def explorables(name):
+    """The outputs that a reader can turn."""
+    pages = [output.get("data", {}).get("text/html", "") for cell in code_cells(name) for output in cell.outputs]
+    return [page for page in pages if '<figure class="explorable">' in page]
+
+
+@every_chapter
+def test_what_a_reader_turns_is_light_and_has_the_packages_script(name):
+    found = explorables(name)
+    assert len("".join(found)) < 300_000
+    for page in found:
+        for kind in ("js", "css"):
+            text = (ROOT / f"mllmfl_lite/assets/turn/turn.{kind}").read_text(encoding="utf-8")
+            assert text in page, "run `make outputs`"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "sentence"),
+    [
+        (TOUR, r"\nlong tail +\S+ +\S+ +\S+ +(\d+)\.\d", r"{0}% of the tail"),
+        ("01_long_tailed_clients.ipynb", r"\ndirichlet +(\d+) ", r"{0} of them hold a truck"),
+        ("01_long_tailed_clients.ipynb", r"\ndirichlet +(0\.\d+) ", r"its skew is {0}"),
+        ("02_annotating_with_llava.ipynb", r"caught: ([\d.]+)% of the wrong", r"Caught: {0} % of the wrong ones"),
+        ("02_annotating_with_llava.ipynb", r"lost: ([\d.]+)% of the right", r"Lost: {0} % of the right ones"),
+    ],
+)
+def test_what_a_reader_turns_starts_with_the_numbers_of_the_cells_beside_it(name, pattern, sentence):
+    outputs = [output for cell in code_cells(name) for output in cell.outputs]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    (found,) = re.findall(pattern, "\n".join(texts))
+    (page,) = explorables(name)
+    assert sentence.format(found) in re.search("<output>(.*?)</output>", page)[1]
 
 
 def test_the_rhythm_of_the_cases():

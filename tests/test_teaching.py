@@ -1,7 +1,6 @@
 """What chapters share: tables, plots, comparisons of seeds."""
 
 import html
-import json
 import re
 
 import matplotlib
@@ -22,7 +21,7 @@ from mllmfl_lite.teaching.compare import (
     reported,
     seeds_needed,
 )
-from mllmfl_lite.teaching.moving import MovingBars
+from mllmfl_lite.teaching.explore import Explorable, bars, bubbles
 from mllmfl_lite.teaching.tables import Gallery, Table, check, check_parameters, percent, safe
 
 
@@ -224,27 +223,48 @@ def test_right_parameters_pass():
     check_parameters(values, a=(1, 3), b=(0.0, 3.0), c=(0.5, 1.0), d=[0.05, 1.0], e={"word"})
 
 
-def test_moving_bars_hold_every_frame_and_show_the_last_one():
-    panels = {"<left>": np.array([[0, 0.5], [0.254, 1]]), "right": np.array([[1, 0], [0, 0.006]])}
-    bars = MovingBars(panels, ["a", "<b>"], ["red", "blue"], ["begin", "</script>end"], "what & why")
-    shown = bars._repr_html_()
-    data = json.loads(re.search(r"= (\{.*\}), find = ", shown)[1])
-    assert data == {"values": [[0, 50, 100, 0], [25, 100, 0, 1]], "labels": ["begin", "</script>end"]}
-    assert re.findall(r"width:(\d+)%;background:(\w+)", shown) == [
-        ("25", "red"), ("100", "blue"), ("0", "red"), ("1", "blue")
-    ]  # fmt: skip
-    assert shown.count("</script>") == 1 and "&lt;left&gt;" in shown and "&lt;b&gt;" in shown and "why" in shown
-    assert "://" not in shown and repr(bars).splitlines() == ["begin", "</script>end"]
-    assert bars._repr_html_() == shown, "outputs repeat"
+def turning(**change):
+    """Two knobs of two and three positions; a bar of their sum, and a row of as many bubbles as the second says."""
+    one, row = bars("<sum>", ["a & b"], ["red"], 10), bubbles(["c"], ["blue"], 3, 16.0)
+    given = {"knobs": {"x": [1, 2], "y": range(1, 4)}, "drawings": [one, row], "caption": "what & why",
+             "at": lambda x, y: (f"</script>{x} and {y}", [x + y], np.full((1, y), 16 * x))}  # fmt: skip
+    return Explorable(**given | change)
 
 
-@pytest.mark.parametrize("change", [{"labels": ["one"]}, {"names": ["a"]}, {"colours": ["red"]}, {"panels": {}}])
-def test_moving_bars_that_do_not_fit_are_refused(change):
-    right = {"panels": {"p": np.zeros((2, 2))}, "names": ["a", "b"], "colours": ["red"] * 2, "labels": ["x", "y"]}
-    with pytest.raises(ValueError, match="each panel needs"):
-        MovingBars(**right | change)
+def test_an_explorable_holds_every_state_in_the_order_of_its_knobs():
+    data, states = turning().data, [(x, y) for x in (1, 2) for y in (1, 2, 3)]
+    assert data["says"] == tuple(f"</script>{x} and {y}" for x, y in states)
+    assert data["knobs"] == [{"name": "x", "positions": ["1", "2"]}, {"name": "y", "positions": ["1", "2", "3"]}]
+    for (x, y), values in zip(states, data["values"], strict=True):
+        shown = "".join(map("".join, zip(data["shared"], [*values, ""], strict=True)))
+        assert f'width="{10 * (x + y)}%"' in shown and f"<span>{x + y}</span></div>" in shown
+        assert f'aria-label="{", ".join([str(16 * x)] * y)}"' in shown
+        radii = [float(r) for r in re.findall(r'r="([^"]*)"', shown)]
+        np.testing.assert_allclose(radii, [11 * x**0.25] * y + [0] * (3 - y), rtol=0.05)
+
+
+@pytest.mark.parametrize(("start", "first"), [((), "2 and 3"), ((1, 2), "1 and 2")])
+def test_an_explorable_stands_there_without_a_script(start, first):
+    shown = turning(start=start)._repr_html_()
+    visible = re.sub(r"<(script|style).*?</\1>", "", shown, flags=re.S)
+    assert visible.count("<svg") == 2 and f"&lt;/script&gt;{first}" in visible
+    assert "&lt;sum&gt;" in visible and "a &amp; b" in visible and "what &amp; why" in visible
+    assert repr(turning(start=start)) == f"</script>{first}"
+    assert shown.count("</script>") == 2 and "://" not in shown, "nothing gets out of a script, nothing is fetched"
+    assert turning(start=start)._repr_html_() == shown, "outputs repeat"
+
+
+def test_a_drawing_of_other_elements_is_refused():
+    with pytest.raises(ValueError, match="the same elements in each state"):
+        turning(drawings=[lambda of: "<b></b>" * of[0], str])
+
+
+def test_a_bar_is_never_wider_than_its_place_and_says_what_is_missing():
+    drawn = bars("t", ["a", "b", "c"], ["red"] * 3, 4)([float("nan"), 1000, 0.5])
+    assert re.findall(r'width="([^"]*)"', drawn) == ["0%", "100%", "12.5%"]
+    assert re.findall(r"<span>([^<]*)</span></div>", drawn) == ["–", "1,000", "0.5"]
 
 
 def test_forty_rounds_of_ten_classes_are_light():
-    bars = MovingBars({"p": np.ones((40, 10)), "q": np.ones((40, 10))}, ["name"] * 10, ["#000000"] * 10, ["x"] * 40)
-    assert len(bars._repr_html_()) < 60_000
+    panels = [bars(name, ["name"] * 10, ["#000000"] * 10) for name in "pq"]
+    assert len(Explorable({"t": range(40)}, lambda t: ("x", [t] * 10, [2 * t] * 10), panels)._repr_html_()) < 60_000

@@ -53,8 +53,8 @@ def browser():
 class Visit:
     """One page opened in one window; what the browser complained about and asked for."""
 
-    def __init__(self, browser, url, width=1280, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def __init__(self, browser, url, width=1280, scheme="light", **more):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **more)
         self.page, self.complaints, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
