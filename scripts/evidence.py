@@ -26,13 +26,16 @@ LAPTOP, MEDIUM = "laptop/cifar10_mini_lt_if10_long", "medium/cifar10_lt_if100_cl
 PRIMARY = ["stage3", "stage3_ce", "server_only", "fedyoyo", "fedyoyo_stage3"]
 WITH_STAGE_1 = ["stage1", "mllm_llava_fl", "mllm_llava_fl_ce", "fedyoyo_all_three"]
 OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
-ANCHORS = ["balanced_iid", "one_place"]  # other data, FedAvg's settings: no trials, compared with nothing
+ANCHORS = {  # references with the settings of another row, without trials of their own
+    "balanced_iid": "fedavg", "one_place": "fedavg", "server_only_longer": "server_only",
+}  # fmt: skip
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
     (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
     (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
+    (LAPTOP, ["server_only_longer"], range(5)),
     (LAPTOP, WITH_STAGE_1[2:], range(3)),
-    (LAPTOP, [*OTHERS[1:5], *ANCHORS], range(3)),
+    (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "server_only_ce"], range(3)),
     (MEDIUM, ["fedavg", *PRIMARY, *OTHERS[1:5]], range(3)),
@@ -69,8 +72,8 @@ class Job(NamedTuple):
 
 
 def tuned_file(benchmark: Path, name: str) -> Path:
-    """The file with the settings of the best trial; an anchor has FedAvg's."""
-    return tune.tuned_file(benchmark, "fedavg" if name in ANCHORS else name)
+    """The file with the settings of the best trial; an anchor has another row's."""
+    return tune.tuned_file(benchmark, ANCHORS.get(name, name))
 
 
 def undone() -> Iterator[Job]:

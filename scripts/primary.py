@@ -36,6 +36,7 @@ NAMES = {
     "server_only_ce": "stage 3 without clients, cross-entropy alone", "fedyoyo_stage3": "FedYoYo, then stage 3",
     "fedyoyo_all_three": "stage 1, FedYoYo, stage 3", "balanced_iid": "reference: balanced IID data, FedAvg",
     "one_place": "reference: all images in one place",
+    "server_only_longer": "reference: stage 3 without clients, five times as long",
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_an_anchor_has_fedavgs_settings_and_no_trials(queue, monkeypatch):
     (queue / "laptop/tuned/fedavg.yaml").write_text("federated: {lr: 0.5}\n")
     (queue / "laptop/anchors").mkdir()
     (queue / "laptop/anchors/small.yaml").write_text("num_clients: 3\n")
-    monkeypatch.setattr(evidence, "ANCHORS", ["small"])
+    monkeypatch.setattr(evidence, "ANCHORS", {"small": "fedavg"})
     assert [str(job) for job in evidence.undone()] == [f"laptop/world: {name}, seed 0" for name in ("fedavg", "small")]
     of = list(evidence.undone())[1].run().experiment
     assert (of.num_clients, of.federated.lr, of.federated.rounds) == (3, 0.5, 1)
