@@ -28,12 +28,13 @@ WITH_STAGE_1 = ["stage1", "mllm_llava_fl", "mllm_llava_fl_ce", "fedyoyo_all_thre
 OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
 ANCHORS = {  # references with the settings of another row, without trials of their own
     "balanced_iid": "fedavg", "one_place": "fedavg", "server_only_longer": "server_only",
+    "stage3_longer": "stage3",
 }  # fmt: skip
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
     (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
     (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
-    (LAPTOP, ["server_only_longer"], range(5)),
+    (LAPTOP, ["server_only_longer", "stage3_longer"], range(5)),
     (LAPTOP, WITH_STAGE_1[2:], range(3)),
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),

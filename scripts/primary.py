@@ -37,6 +37,7 @@ NAMES = {
     "fedyoyo_all_three": "stage 1, FedYoYo, stage 3", "balanced_iid": "reference: balanced IID data, FedAvg",
     "one_place": "reference: all images in one place",
     "server_only_longer": "reference: stage 3 without clients, five times as long",
+    "stage3_longer": "reference: stages 2 and 3, stage 3 five times as long",
 }  # fmt: skip
 
 
