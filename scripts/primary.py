@@ -101,7 +101,7 @@ def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
 
 def table_of_answers(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
     """Each primary difference that has two seeds or more."""
-    yield from ("| question | seeds | points (95 %) | p, Holm | |", "|---" * 5 + "|")
+    yield from ("| question | seeds | points (95 %) | p, Holm | answer |", "|---" * 5 + "|")
     yield from (answer(name, *found) for name, found in primary(rows).items())
 
 

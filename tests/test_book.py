@@ -44,7 +44,7 @@ def test_chapters_have_equations_and_pictures(browser, site):
     own = ("notebooks/00_", "notebooks/a2_", "notebooks/a3_")  # the tour, the tables and the cases have few
     for name in (page for page in PAGES if page.startswith("notebooks/") and not page.startswith(own)):
         with Visit(browser, site + name) as visit:
-            visit.wait("document.querySelectorAll('mjx-container').length > 5")
+            visit.wait("document.querySelectorAll('mjx-container').length > 4")
             assert visit.ask("document.querySelectorAll('.bd-article img').length") >= 3
 
 
@@ -163,7 +163,8 @@ def test_each_knob_is_turned(browser, name, hand, width):
                 assert second == states[(*at[:k], knob["positions"][1], *at[k + 1 :])]
                 at[k] = knob["positions"][0]
                 assert first == states[tuple(at)]
-                assert re.findall(r"\d+", first) != re.findall(r"\d+", second) and drawn != other
+                numbers = [re.findall(r"\d+", says) for says in (first, second)]
+                assert first != second and (drawn != other or numbers[0] == numbers[1])
                 assert visit.ask("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         assert visit.complaints == [] and all(url.startswith(("file:", "data:")) for url in visit.requests)
 
