@@ -39,6 +39,9 @@ NAMES = {
     "server_only_longer": "reference: stage 3 without clients, five times as long",
     "stage3_longer": "reference: stages 2 and 3, stage 3 five times as long",
 }  # fmt: skip
+AGAIN = {name: (text, f"{row}_100", minus if minus == "fedyoyo" else f"{minus}_100")
+         for name, (text, row, minus) in QUESTIONS.items()}  # fmt: skip
+NAMES |= {row: f"{NAMES[row[:-4]]} (100 epochs)" for pair in AGAIN.values() for row in pair[1:] if row not in NAMES}
 
 
 class Primary(NamedTuple):
@@ -69,16 +72,16 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     return found
 
 
-def primary(rows: dict[str, dict[int, dict]]) -> dict[str, Primary]:
-    """The primary differences that have two seeds or more; Holm's correction is over all five."""
+def primary(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> dict[str, Primary]:
+    """The differences of a round's questions that have two seeds or more; Holm's correction is over all five."""
     differences, seeds = {}, {}
-    for name, (_, ours, theirs) in QUESTIONS.items():
+    for name, (_, ours, theirs) in questions.items():
         both = sorted(rows.get(ours, {}).keys() & rows.get(theirs, {}).keys())
         if len(both) > 1:
             seeds[name] = both
             top1 = [[rows[row][seed]["summary"]["top1"] for seed in both] for row in (ours, theirs)]
             differences[name] = paired_difference(*top1)
-    missing = [1.0] * (len(QUESTIONS) - len(differences))
+    missing = [1.0] * (len(questions) - len(differences))
     adjusted = holm([found.p for found in differences.values()] + missing)
     return {
         name: Primary(seeds[name], found, p)
@@ -91,6 +94,8 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
     for place, title in WORLDS.items():
         if rows := read(results / place):
             yield from (f"### {title}", "", *table_of_rows(rows), "", *table_of_answers(rows), "")
+            if primary(rows, AGAIN):
+                yield from ("Second round, with 100 epochs of stage 3:", "", *table_of_answers(rows, AGAIN), "")
 
 
 def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
@@ -99,10 +104,10 @@ def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
     yield from (row(NAMES[name], list(rows[name].values())) for name in NAMES if name in rows)
 
 
-def table_of_answers(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
-    """Each primary difference that has two seeds or more."""
+def table_of_answers(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> Iterator[str]:
+    """The difference of each question that has two seeds or more."""
     yield from ("| question | seeds | points (95 %) | p, Holm | answer |", "|---" * 5 + "|")
-    yield from (answer(name, *found) for name, found in primary(rows).items())
+    yield from (answer(name, *found) for name, found in primary(rows, questions).items())
 
 
 def row(name: str, results: list[dict]) -> str:

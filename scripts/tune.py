@@ -40,6 +40,9 @@ TWO = {"federated": [{"lr": lr} for lr in (0.1, 0.3)]}
 STRONG = {"federated": [{**rate, "augment": "strong"} for rate in RATES["federated"]]}
 STAGE_3 = {"align": [{"lr": lr, "beta": beta} for lr in (0.02, 0.05, 0.1) for beta in (1.0, 4.0)]}
 CE_ALONE = {"align": [{"lr": lr, "beta": 0.0} for lr in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)]}
+# Stage 3 trained to its end, with smaller steps and less weight of the KL term than the first grid's corner.
+TO_ITS_END = {"align": [{"epochs": 100, "lr": r, "beta": beta} for r in (0.01, 0.02, 0.05) for beta in (0.3, 1.0)]}
+CE_TO_ITS_END = {"align": [{"epochs": 100, **one} for one in CE_ALONE["align"]]}
 # What a method is, and the settings of which its six trials are all combinations.
 METHODS = {
     "fedavg": ({}, RATES),
@@ -62,11 +65,14 @@ METHODS = {
     "fedyoyo_stage3": ({"method": "fedyoyo", "stages": [2, 3]}, STAGE_3),
     "fedyoyo_all_three": ({"method": "fedyoyo", "stages": [1, 2, 3]}, STAGE_3),
 }
+AGAIN = ("stage3", "stage3_ce", "server_only", "mllm_llava_fl", "fedyoyo_stage3", "fedyoyo_all_three")
+METHODS |= {f"{m}_100": (METHODS[m][0], CE_TO_ITS_END if m == "stage3_ce" else TO_ITS_END) for m in AGAIN}
 # A method that goes on from another one's rounds takes that one's step size: its own six trials are stage 3's.
 ROUNDS_OF = {
     "stage3": "fedavg", "stage3_ce": "fedavg", "mllm_llava_fl": "stage1", "mllm_llava_fl_ce": "stage1",
     "fedyoyo_stage3": "fedyoyo", "fedyoyo_all_three": "fedyoyo",
 }  # fmt: skip
+ROUNDS_OF |= {f"{name}_100": ROUNDS_OF[name] for name in AGAIN if name in ROUNDS_OF}
 
 
 def combinations(choices: dict[str, list[dict]]) -> list[dict]:

@@ -46,6 +46,17 @@ def test_a_difference_is_over_seeds_that_both_rows_have(world):
     assert "| FedYoYo | 1 | 30.0 | 30.0 |" in lines and "| 3 | +4.0 (" in lines and "Medium" not in lines
 
 
+def test_the_second_round_asks_the_same_of_longer_rows(world):
+    for seed, (ours, theirs) in enumerate([(0.50, 0.47), (0.52, 0.51)]):
+        world[1]("stage3_100", seed, ours)
+        world[1]("server_only_100", seed, theirs)
+    rows = primary.read(world[0] / "laptop/tuned/cifar10_mini_lt_if10_long")
+    assert list(primary.primary(rows, primary.AGAIN)) == ["Q5"]
+    assert primary.primary(rows, primary.AGAIN)["Q5"].found.mean == pytest.approx(0.02)
+    assert primary.AGAIN["Q2"][1:] == ("fedyoyo_stage3_100", "fedyoyo")
+    assert "Second round" in "\n".join(primary.tables(world[0]))
+
+
 def test_a_row_whose_sets_share_images_is_refused(world):
     world[1]("fedavg", 0, 0.3, overlap=2)
     with pytest.raises(ValueError, match=r"fedavg_seed0.json: two sets share images .*clients and pool.: 2"):
@@ -62,4 +73,5 @@ def test_committed_files_are_of_the_protocol():
             finished(result_path(folder, label, seed), job.run().experiment)
             assert seed != tune.SEED, "no result uses the tuning seed"
     queued = {name for _, methods, _ in evidence.QUEUE for name in methods}
-    assert {name for _, *pair in primary.QUESTIONS.values() for name in pair} <= queued <= primary.NAMES.keys()
+    asked = {name for asked in (primary.QUESTIONS, primary.AGAIN) for _, *pair in asked.values() for name in pair}
+    assert asked <= queued <= primary.NAMES.keys()
