@@ -50,10 +50,13 @@ def test_a_fault_is_an_exit_status_and_a_message_that_names_the_notebook(source,
 
 # ------------------------------------------------------------------------------------------------ the Makefile
 
+# Naps until $AT_ONCE have started; beside a fault, until it has happened: a busy machine changes nothing.
 PYTHON = """#!/bin/bash
 echo "start $2" >> log
+until [ "$(grep -c start log)" -ge "$AT_ONCE" ]; do sleep 0.02; done
+if [ "$2" = "notebooks/$FAULT" ]; then touch fault; echo "$2: a fault" >&2; exit 1; fi
+while [ -n "$FAULT" -a ! -e fault ]; do sleep 0.02; done
 sleep 0.2
-test "$2" != "notebooks/$FAULT" || { echo "$2: a fault" >&2; exit 1; }
 cp "$2" "$3"
 echo "end $2" >> log
 """
@@ -61,7 +64,7 @@ echo "end $2" >> log
 
 @pytest.fixture
 def make(tmp_path):
-    """Runs make in a folder where executing a notebook is a nap of 0.2 seconds; gives the process and the log."""
+    """Runs make in a folder where executing a notebook is a nap; gives the process and the log."""
     for folder in ("mllmfl_lite", "results", "book", "notebooks", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("Makefile", "requirements.txt", "requirements.lock", "pyproject.toml"):
@@ -73,10 +76,10 @@ def make(tmp_path):
     (tmp_path / ".venv" / ".installed").touch()
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "NEWEST")}
 
-    def run(*words, fault=""):
+    def run(*words, fault="", at_once=1):
         command = ["make", "executed", *words]
-        environment["FAULT"] = fault
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        environment.update(FAULT=fault, AT_ONCE=str(at_once))
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         return done, [line.replace("notebooks/", "").split() for line in (tmp_path / "log").read_text().splitlines()]
 
     return run
@@ -88,7 +91,7 @@ def most_at_once(log) -> int:
 
 
 def test_the_longest_notebooks_are_executed_first_two_at_a_time(make):
-    done, log = make("AT_A_TIME=-j2")
+    done, log = make("AT_A_TIME=-j2", at_once=2)
     assert done.returncode == 0 and done.stderr == ""
     started = [name for what, name in log if what == "start"]
     assert sorted(started) == CHAPTERS and most_at_once(log) == 2
@@ -102,6 +105,6 @@ def test_one_at_a_time_on_demand(make):
 
 
 def test_a_fault_in_one_notebook_stops_make(make):
-    done, log = make("AT_A_TIME=-j2", fault=CHAPTERS[6])
+    done, log = make("AT_A_TIME=-j2", fault=CHAPTERS[6], at_once=2)
     assert done.returncode == 2 and f"notebooks/{CHAPTERS[6]}: a fault" in done.stderr
     assert len([name for what, name in log if what == "start"]) < 8, "what ran beside it ends, nothing else begins"
