@@ -52,8 +52,8 @@ How to read a table:
 - **all** is the accuracy (top-1) on the whole test set, in per cent. **head** is the third of the classes with the
   most training images, **tail** the third with the fewest.
 - A figure is the mean over seeds. After "±" stands the standard deviation over seeds.
-- A run without stage 3 reports the mean of its last ten tested rounds (on the laptop: five). A run with stage 3
-  reports the aligned model.
+- A run without stage 3 reports the mean of its last ten tested rounds (on the laptop with 20
+  rounds: five). A run with stage 3 reports the aligned model.
 - **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
   and other work ran at the same time.
 - **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So
@@ -173,7 +173,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _protocols() -> str:
     shown = {"paper": "paper/cifar10_lt_if100", "medium": "medium/cifar10_lt_if100", "medium, CIFAR-100-LT":
-             "medium/cifar100_lt_if100", "laptop": "laptop/cifar10_mini_lt_if100"}  # fmt: skip
+             "medium/cifar100_lt_if100", "laptop": "laptop/cifar10_mini_lt_if100", "laptop, the five questions":
+             "laptop/cifar10_mini_lt_if10_long"}  # fmt: skip
     whole = RUNS / "methods" / "mllm_llava_fl.yaml"
     runs = [read_runs([RUNS / f"{benchmark}.yaml"], [whole])[0].experiment for benchmark in shown.values()]
     values = [{**asdict(run), **{f"federated.{k}": v for k, v in asdict(run.federated).items()}} for run in runs]
