@@ -9,12 +9,12 @@ from test_flower_app import ALL_ONCE, InProcess, _a_task, app, read_experiment, 
 
 sys.path.insert(0, str(Path(__file__).parent / "slow"))
 
-from flwr.app import ArrayRecord  # noqa: E402
-from liars import LIAR, LIES  # noqa: E402
+from flwr.app import ArrayRecord
+from liars import LIAR, LIES
 
-from mllmfl_lite.federated.aggregate import ClientResult, accept  # noqa: E402
-from mllmfl_lite.runs import load_federation  # noqa: E402
-from mllmfl_lite.runs.parts import initial_model, make_method  # noqa: E402
+from mllmfl_lite.federated.aggregate import ClientResult, accept
+from mllmfl_lite.runs import load_federation
+from mllmfl_lite.runs.parts import initial_model, make_method
 
 # Flower's records cannot hold these; what takes their place is among the faults of test_flower_app.py.
 NO_RECORD = {"arrays in place of tensors", "no weights", "nothing at all", "a loss as text"}
