@@ -11,12 +11,15 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid, ServerApp
 from run_config import read_config
+from secure import check_secure, masked, secure_mean
 
 from mllmfl_lite.data.batches import open_batches
 from mllmfl_lite.federated import ClientResult, State, Task, client_step
@@ -31,7 +34,7 @@ PAUSE = 1.0  # seconds between two looks at who is connected
 
 # ------------------------------------------------------------------------------------------------ a client
 
-client = ClientApp()
+client = ClientApp(mods=[masked])
 
 
 @client.query()
@@ -83,10 +86,40 @@ def main(grid: Grid, context: Context) -> None:
     """Run the experiment with the grid's nodes as its clients."""
     torch.set_num_threads(1)
     experiment, options = read_config(dict(context.run_config))
-    sizes = [len(indices) for indices in load_federation(experiment).split]
-    nodes = Nodes(grid, sizes, options.timeout, options.wait)
+    train_images, split, _ = load_federation(experiment)
+    if options.secure:
+        check_secure(make_method(experiment, train_images))
+    grid = Counted(grid, Path(options.folder) / "traffic.jsonl")
+    nodes = Nodes(grid, [len(own) for own in split], options.timeout, options.wait, options.secure)
     result = run_experiment(experiment, options.folder, options.device, ask=nodes)
     print(f"top-1 {result['summary']['top1']:.1%}; the results are in {options.folder}", flush=True)
+
+
+class Counted:
+    """A grid that notes what the server sends and gets: a line for each set of messages, with the records' bytes."""
+
+    def __init__(self, grid: Grid, path: Path):
+        self.grid, self.path = grid, path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def get_node_ids(self):
+        """Who is connected."""
+        return self.grid.get_node_ids()
+
+    def send_and_receive(self, messages, *, timeout=None):
+        """Flower's, and the note."""
+        messages, begun = list(messages), time.perf_counter()
+        down = sum(_bytes(message) for message in messages)
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        note = {"kind": messages[0].metadata.message_type, "messages": len(messages), "down": down}
+        note |= {"up": sum(map(_bytes, replies)), "seconds": round(time.perf_counter() - begun, 3)}
+        with self.path.open("a", encoding="utf-8") as file:
+            print(json.dumps(note), file=file)
+        return replies
+
+
+def _bytes(message: Message) -> int:
+    return 0 if message.has_error() else recorddict_to_proto(message.content).ByteSize()
 
 
 class Nodes:
@@ -97,10 +130,11 @@ class Nodes:
         sizes: each client's number of images.
         timeout: seconds that clients have for a round.
         wait: seconds to wait for clients that are not connected.
+        secure: whether SecAgg+ hides each update from the server.
     """
 
-    def __init__(self, grid: Grid, sizes: list[int], timeout: float, wait: float):
-        self.grid, self.sizes, self.timeout, self.wait = grid, sizes, timeout, wait
+    def __init__(self, grid: Grid, sizes: list[int], timeout: float, wait: float, secure: bool = False):
+        self.grid, self.sizes, self.timeout, self.wait, self.secure = grid, sizes, timeout, wait, secure
         self.node_of: dict[int, int] = {}  # client -> node
 
     def __call__(
@@ -108,12 +142,15 @@ class Nodes:
     ) -> tuple[dict[int, ClientResult], dict[int, str]]:
         """Results by client, and for each other chosen client the reason why it has none."""
         self._connect(chosen)
+        missing = {c: f"no node with {NUMBER}={c} is connected" for c in chosen if c not in self.node_of}
+        asked = {c: self.node_of[c] for c in chosen if c not in missing}
+        if self.secure:
+            largest = float(max(self.sizes[c] for c in chosen))
+            return secure_mean(self.grid, asked, largest, state, round_, self.timeout), missing
         content = {"state": ArrayRecord(state), "received": ArrayRecord(received)}
         content["round"] = ConfigRecord({"round": round_})
-        asked = {c: self.node_of[c] for c in chosen if c in self.node_of}
         replies = self._send(asked, "train", content, self.timeout)
-        results = {}
-        left_out = {c: f"no node with {NUMBER}={c} is connected" for c in chosen if c not in asked}
+        results, left_out = {}, missing
         left_out |= {c: f"no answer within {self.timeout:g} seconds" for c in asked if c not in replies}
         for client_, reply in replies.items():
             try:

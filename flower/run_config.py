@@ -23,6 +23,7 @@ class ServerOptions:
     device: str = "cpu"  # where the server tests and aligns
     timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds that clients have for a round
     wait: Annotated[float, Field(ge=0)] = 60.0  # seconds to wait for clients that are not connected
+    secure: bool = False  # SecAgg+: the server learns the clients' mean, no single update
 
 
 def read_config(config: dict[str, Any]) -> tuple[Experiment, ServerOptions]:

@@ -1,4 +1,4 @@
-"""Ablation controls that one table each uses: wrong answers, even answers, missing classes, rescaled starts, lies."""
+"""Ablation controls that one table each uses: wrong answers and words, missing classes, rescaled starts, lies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from standins.claims import objects_in, rename_object
 from torch import Tensor, nn
 
 from mllmfl_lite.data.images import ImageSet
 from mllmfl_lite.federated.aggregate import State, weights_of
 from mllmfl_lite.models import CompactModel
-from mllmfl_lite.repro import torch_generator
+from mllmfl_lite.repro import numpy_generator, torch_generator
+from mllmfl_lite.stages.records import Record
 from mllmfl_lite.stages.server_set import ServerSet
+
+DOOR = 4.0  # how many times a back door's update is sent
+
+
+def swap_words(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """Records of which a share names another object, drawn from what the other records name; other words stay."""
+    rng, changed = numpy_generator(seed, "swapped words"), list(records)
+    named = [objects_in(record.text) for record in records]
+    for i in rng.permutation(len(records))[: round(share * len(records))]:
+        while (other := named[rng.integers(len(records))]) == named[i]:
+            continue
+        changed[i] = replace(records[i], text=rename_object(records[i].text, min(other)))
+    return changed
 
 
 def make_wrong(probabilities: Tensor, share: float, seed: int) -> Tensor:
@@ -83,15 +98,15 @@ def corner(images: np.ndarray) -> np.ndarray:
 
 
 def poisoned(data: ImageSet, lie: str) -> ImageSet:
-    """What a lying client trains on: "flip" turns the order of the classes round; "door" marks every second picture.
+    """What a lying client trains on. "flip" turns the order of the classes round; most lies leave the pictures alone.
 
-    A marked picture has a white corner and is labelled "ship". Other lies leave the pictures as they are.
+    "door" adds a second copy of each picture, in the same order: with a white corner, and labelled "ship".
     """
     if lie == "flip":
         return replace(data, labels=data.num_classes - 1 - data.labels)
     if lie == "door":
-        images, labels = data.images.copy(), data.labels.copy()
-        images[::2], labels[::2] = corner(images[::2]), data.names.index("ship")
+        images = np.concatenate([data.images, corner(data.images)])
+        labels = np.concatenate([data.labels, np.full_like(data.labels, data.names.index("ship"))])
         return replace(data, images=images, labels=labels)
     return data
 
@@ -99,11 +114,15 @@ def poisoned(data: ImageSet, lie: str) -> ImageSet:
 def send(lie: str, state: State, start: State) -> State:
     """What a client sends after training from `start`.
 
-    Its update is turned ("sign"), turned and five times as long ("boost"), three times as long ("door", so that two of
-    eight nearly replace the mean) or left out ("silent"). BatchNorm statistics stay honest.
+    Its update is turned ("sign"), turned and five times as long ("boost"), or left out ("silent"), with honest
+    BatchNorm statistics. "door": all four times as long, so that two of eight replace the mean (Bagdasaryan et al.,
+    2020).
     """
     if lie == "silent":
         return dict(start)
-    factor = {"sign": -1.0, "boost": -5.0, "door": 3.0}.get(lie, 1.0)
-    moved = {name: start[name] + factor * (state[name] - start[name]) for name in weights_of(state)}
+    factor = {"sign": -1.0, "boost": -5.0, "door": DOOR}.get(lie, 1.0)
+    names = [n for n, t in start.items() if t.is_floating_point()] if lie == "door" else weights_of(state)
+    moved = {name: start[name] + factor * (state[name] - start[name]) for name in names}
+    if lie == "door":
+        moved |= {n: moved[n].clamp(min=0) for n in moved if n.endswith("running_var")}
     return state if factor == 1 else {**state, **moved}

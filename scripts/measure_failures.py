@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from controls import corner, make_wrong, poisoned, send, without_classes
+from controls import corner, make_wrong, poisoned, send, swap_words, without_classes
 from PIL import Image
 from sweep import RESULTS, options
 
@@ -29,13 +29,19 @@ from mllmfl_lite.models import build_model, load_model, save_model, with_head
 from mllmfl_lite.repro import Execution
 from mllmfl_lite.runs import Experiment, load_federation, load_pool, parameters_of, provenance, save_result
 from mllmfl_lite.stages.align import AlignSettings, align
+from mllmfl_lite.stages.pretrain import PretrainSettings, pretrain
+from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.stages.server_set import draw_server_set
+from mllmfl_lite.stages.texts import Views, read_texts
 from mllmfl_lite.teachers import load_clip, load_mllm
 from mllmfl_lite.teachers.answers import PoolLabels, ask_teacher
 
 ROUNDS, MORE, WIDTH, CLIENTS = 10, 3, 8, 8
+DOOR_ROUNDS = 8  # a back door needs more
 SETTINGS = FedSettings(ROUNDS, CLIENTS, 2, eval_every=5, report_rounds=1)
+DOOR_SETTINGS = replace(SETTINGS, local_epochs=5)  # a liar with a back door trains longer
 ALIGN = AlignSettings(beta=0.0, epochs=6)
+WORDS = PretrainSettings(epochs=4, schedule="constant")  # a short stage 1, by words alone
 MISSING = ("truck", "airplane", "horse", "bird", "dog")
 RULES = {
     "fedavg": FedAvg(),
@@ -163,6 +169,30 @@ def aligned(name, seed, out):
     keep(out, name, seed, experiment, {"metrics": metrics, "server_set": {**figures, **rows}})
 
 
+def from_words(name, seed, out):
+    """Stage 1 on texts of which a share names another object; then the rounds, and stage 3 on the teacher's set."""
+    experiment, here, _ = world(seed, out)
+    pool, share, model = load_pool(experiment), name.split("_")[1], build_model("resnet8", 10, WIDTH, seed)
+    texts = [record for record in bundled_annotations() if record.kind == experiment.kind]
+    changed = swap_words(texts, 0 if share == "none" else int(share) / 100, seed)
+    if share != "none":
+        read = read_texts(changed, pool.ids, mllm())
+        views = Views(pool, mllm(), out / "answers" / "features")
+        model = pretrain(model, mllm(), views, read, WORDS, seed, ONE_PROCESS).model
+    known, labels = embed(model, here.train), torch.from_numpy(here.train.labels.copy())
+    probe = float((linear_probe(known, labels, embed(model, here.test), 10).numpy() == here.test.labels).mean())
+    model = with_head(model, 10, seed)
+    done = run_federated(model, here, None, SETTINGS, seed, ONE_PROCESS)
+    model.load_state_dict(done.deployed)
+    healed = align(model, set_for("teacher", seed, out)[1], ALIGN, seed).model
+    figures = {
+        when: evaluate_model(of, here.test, here.train.class_counts())
+        for when, of in (("before", model), ("after", healed))
+    }
+    swapped = sum(a.text != b.text for a, b in zip(texts, changed, strict=True))
+    keep(out, name, seed, experiment, {**figures, "probe": probe, "texts": {"all": len(texts), "swapped": swapped}})
+
+
 def none_of_these(name, seed, out):
     """How many wrong labels are left when pictures of other things may be refused. Nothing is drawn by chance."""
     experiment, here, _ = world(seed, out)
@@ -206,8 +236,10 @@ def transport(here, seed, lie, liars, cache=None):
             batches, key = (turned if of in ("flip", "door") else honest), (round_, client, of in ("flip", "door"))
             if cache is None or key not in cache:
                 part, task = torch.from_numpy(here.split[client]), Task(state, received, round_, client, seed)
-                longer = replace(SETTINGS, local_epochs=10) if of == "door" else SETTINGS
-                done = client_step(scratch, batches, part, FedAvg(), longer, task)
+                numbers = SETTINGS
+                if of == "door":  # its own pictures and their marked copies
+                    part, numbers = torch.cat([part, part + len(here.train)]), DOOR_SETTINGS
+                done = client_step(scratch, batches, part, FedAvg(), numbers, task)
                 if cache is not None:
                     cache[key] = done
             else:
@@ -238,11 +270,11 @@ ROUND: dict[int, dict] = {}  # what clients send in the round that `one_round` s
 
 
 def more_rounds(name, seed, out):
-    """Three more rounds in which two of eight lie, then stage 3 on the clean set."""
+    """More rounds in which two of eight lie, then stage 3 on the clean set."""
     experiment, here, model = world(seed, out)
     lie, rule = name.split("_", 1)
     ask = transport(here, seed + 1000, lie, 0 if lie == "honest" else 2)
-    settings = replace(SETTINGS, rounds=MORE)
+    settings = replace(SETTINGS, rounds=DOOR_ROUNDS if lie == "door" else MORE)
     done = run_federated(model, here, RULES[rule], settings, seed + 1000, ONE_PROCESS, ask)
     model.load_state_dict(done.deployed)
     healed = align(model, set_for("teacher", seed, out)[1], ALIGN, seed).model
@@ -298,6 +330,7 @@ CONDITIONS = {
     **{name: aligned for name in ("wrong_20", "wrong_60", "alone_16", "alone_16_words", "alone_4")},
     **{name: more_rounds for name in ("flip_fedavg", "door_median")},
     **{name: aligned for name in ("grey", "alone_32")},
+    **{f"words_{share}": from_words for share in ("00", "80", "40", "20", "none")},
 }
 
 if __name__ == "__main__":

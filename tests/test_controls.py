@@ -1,13 +1,18 @@
 """The ablation controls of `scripts/controls.py`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_images
-from controls import even_out, make_wrong, with_norms_of, without_classes
+from controls import corner, even_out, make_wrong, poisoned, send, swap_words, with_norms_of, without_classes
+from standins.claims import objects_in
 from torch import nn
 
+from mllmfl_lite.federated import FedAvg
 from mllmfl_lite.models import build_model
+from mllmfl_lite.stages.records import bundled_annotations
 from mllmfl_lite.stages.server_set import draw_server_set
 
 
@@ -20,6 +25,33 @@ def test_as_many_answers_are_wrong_as_asked_for():
     assert abs(changed.float().mean().item() - 0.3) < 0.03
     shift = (wrong[8:].argmax(1) - right[8:].argmax(1))[changed] % 4
     assert all(abs((shift == k).float().mean().item() - 1 / 3) < 0.05 for k in (1, 2, 3)), "drawn evenly"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_as_many_texts_name_another_object_as_asked_for(share):
+    records = [r for r in bundled_annotations() if r.kind == "detailed_description"][:500]
+    swapped = swap_words(records, share, seed=1)
+    named, now = ([objects_in(record.text) for record in some] for some in (records, swapped))
+    assert sum(a != b for a, b in zip(named, now, strict=True)) == round(share * len(records))
+    assert all(len(names) == 1 for names in now) and [r.id for r in swapped] == [r.id for r in records]
+    assert all(a.text == b.text for a, b, old, new in zip(records, swapped, named, now, strict=True) if old == new)
+
+
+def test_two_liars_of_eight_replace_the_mean():
+    """Honest clients that have learned nothing more send what they got; then the mean is what the liars trained."""
+    start, wanted = (build_model("resnet8", 3, 4, seed).state_dict() for seed in (0, 1))
+    sent = [send("door", wanted, start)] * 2 + [start] * 6
+    mean = FedAvg().aggregate(start, sent, [10] * 8, torch.Generator())
+    for name in (n for n, t in start.items() if t.is_floating_point()):
+        torch.testing.assert_close(mean[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_back_doors_pictures_are_the_clients_own_and_marked_copies():
+    images = replace(make_images(40), names=("cat", "ship", "dog"))
+    both = poisoned(images, "door")
+    assert (both.images[:40] == images.images).all() and (both.labels[:40] == images.labels).all()
+    assert (both.images[40:] == corner(images.images)).all() and set(both.labels[40:]) == {1}
+    assert (both.images[40:, :-6] == images.images[:, :-6]).all()
 
 
 def test_even_answers_favour_no_class():

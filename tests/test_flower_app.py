@@ -1,5 +1,6 @@
 """The Flower app without processes. Run by `make flower`, in an environment of its own; elsewhere flwr is absent."""
 
+import copy
 import json
 import math
 import re
@@ -17,10 +18,12 @@ if not (1, 42) <= tuple(map(int, metadata.version("flwr").split(".")[:2])) < (2,
 TaskIdentity = pytest.importorskip("flwr.supercore.task_identity", reason="this flwr is too new").TaskIdentity
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent.parent / "flower"))
 
 import app  # noqa: E402
+import secure  # noqa: E402
 from run_config import read_config  # noqa: E402
 
 from mllmfl_lite.models import build_model, load_model, save_model  # noqa: E402
@@ -117,6 +120,85 @@ def test_it_is_the_in_process_run_to_the_bit(tmp_path, method):
 
 def read_experiment(config):
     return read_config(config)[0]
+
+
+# ------------------------------------------------------------------------------------------------ SecAgg+
+
+
+class Kept(InProcess):
+    """Nodes that keep their context from message to message, as SecAgg+ needs; `late` says nothing at this stage."""
+
+    def __init__(self, config, late=None):
+        super().__init__({**config, "secure": True})
+        self.late, self.replies = late, []
+        self.context = {
+            node: Context(1, node, {"partition-id": client}, RecordDict(), self.config)
+            for node, client in self.number.items()
+        }
+
+    def send_and_receive(self, messages, *, timeout):
+        for message in messages:
+            message.metadata.ttl = timeout
+        return super().send_and_receive(messages, timeout=timeout)
+
+    def answer(self, message, node):
+        message.content = copy.deepcopy(message.content)  # each node gets bytes of its own
+        if (self.number[node], message.content.config_records.get(RECORD_KEY_CONFIGS, {}).get("stage")) == self.late:
+            return None
+        try:
+            self.replies.append(app.client(message, self.context[node]))
+        except Exception as error:
+            self.replies.append(Message(Error(0, str(error)), reply_to=message))
+        return self.replies[-1]
+
+
+def check_mean(mine, plain):
+    """SecAgg+'s mean is FedAvg's within what rounding may move it, for clients with equally many images.
+
+    Each client rounds each number to a neighbour among `LEVELS` between -LARGEST and LARGEST, so by less than a step.
+    So the mean moves by less than a step. Equal shares are 1 exactly. Both means are written as float32, each off by up
+    to half a unit in the last place.
+    """
+    step, unit = 2 * secure.LARGEST / secure.LEVELS, torch.finfo(torch.float32).eps
+    names = [name for name, tensor in plain.items() if tensor.is_floating_point()]
+    for name in names:
+        gap = (mine[name].double() - plain[name].double()).abs()
+        assert (gap <= step + unit * plain[name].double().abs()).all(), name
+    assert any((mine[name] != plain[name]).any() for name in names), "nothing was rounded: was it masked at all?"
+
+
+@pytest.mark.parametrize("late", [None, (2, "collect_masked_vectors"), (2, "unmask")])
+def test_with_secagg_the_mean_is_that_of_fedavg(tmp_path, late):
+    """A client that is late before its masked weights arrive is not in the mean; one that is late after them is."""
+    grid = Kept(ALL_ONCE, late)
+    (record,) = run(tmp_path / "secure", grid)["history"]
+    gone = {2} if late and late[1] != "unmask" else set()
+    assert set(record["clients"]) == {0, 1, 2, 3} - gone
+    plain = InProcess(ALL_ONCE, spoil=lambda client, _, reply: None if client in gone else reply)
+    run(tmp_path / "plain", plain)
+    mine, theirs = (load_model(next((tmp_path / of / "models").iterdir())) for of in ("secure", "plain"))
+    check_mean(mine.state_dict(), theirs.state_dict())
+    for reply in grid.replies:  # no weights in clear
+        assert reply.has_error() or not any(len(r) for r in reply.content.array_records.values())
+
+
+@pytest.mark.parametrize("method", ["median", "creff", "fedyoyo"])
+def test_secagg_refuses_methods_that_need_more_than_the_mean(tmp_path, method):
+    with pytest.raises(ValueError, match="the server learns the mean of the weights alone"):
+        run(tmp_path, Kept({**ALL_ONCE, "method": method}))
+
+
+def test_secagg_without_a_clients_keys_ends_the_round(tmp_path):
+    """Flower's workflow cannot remove the masks of a client that is lost before it has shared its keys."""
+    with pytest.raises(ValueError, match="no client sent a sound result"):
+        run(tmp_path, Kept(ALL_ONCE, (2, "share_keys")))
+
+
+def test_secagg_cuts_off_no_weight(tmp_path, monkeypatch):
+    monkeypatch.setattr(secure, "LARGEST", 0.25)
+    with pytest.raises(ValueError, match="no client sent a sound result"):
+        run(tmp_path, grid := Kept(ALL_ONCE))
+    assert all("would cut off a weight" in reply.error.reason for reply in grid.replies if reply.has_error())
 
 
 # ------------------------------------------------------------------------------------------------ faults

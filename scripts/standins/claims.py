@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllmfl_lite.data.names import CIFAR10_CLASSES, SPOKEN, SUPERCLASS_OF, SUPERCLASSES, SYNONYMS, spoken
+from mllmfl_lite.data.names import CIFAR10_CLASSES, SPOKEN, SUPERCLASS_OF, SUPERCLASSES, SYNONYMS, spoken, with_article
 
 COLOURS = ("black", "white", "grey", "red", "orange", "brown", "yellow", "green", "blue", "purple")
 
@@ -100,6 +100,15 @@ _SIZES = {"of": "large", "part": "small"}
 def objects_in(text: str) -> set[str]:
     """Find the objects that a text names: class names of CIFAR-10 and CIFAR-100, and superclass nouns."""
     return {_CLASS_OF[found.lower()] for found in re.findall(rf"\b({_NOUN})(?:e?s)?\b", text, re.I)}
+
+
+def rename_object(text: str, name: str) -> str:
+    """The text with another class's name in place of its object; colours and all other words stay."""
+
+    def other(match: re.Match) -> str:
+        return with_article(spoken(name)) if match[1] else spoken(name)
+
+    return re.sub(rf"(\ban? )?\b(?:{_NOUN})\b", other, text, count=1, flags=re.I)
 
 
 def same_thing(found: str, name: str) -> bool:
