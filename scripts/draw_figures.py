@@ -165,7 +165,7 @@ def stages_figure():
         large_model(154, 100, 150, 60, ["multimodal LLM", "describes them"]),
         arrow(229, 162, 229, 188),
         large_model(154, 192, 150, 40, ["frozen LLM"]),
-        large_model(36, 254, 84, 52, ["CLIP", "encoder"]),
+        large_model(36, 254, 84, 52, ["vision", "encoder"]),
         small_model(218, 262, 0.95),
         arrow(86, 250, 158, 232),
         arrow(236, 258, 232, 236),
@@ -231,7 +231,7 @@ def llava_figure():
         text(62, 132, "a picture,", 13, QUIET),
         text(62, 148, "in patches", 13, QUIET),
         arrow(104, 76, 134, 76),
-        large_model(140, 40, 130, 72, ["vision encoder", "(CLIP's ViT)"]),
+        large_model(140, 40, 130, 72, ["vision encoder", "(from a CLIP)"]),
         arrow(274, 76, 304, 76),
         row_of_tokens(310, 68, 4, "#c9c0e6"),
         text(348, 58, "one token a patch", 12.5, QUIET),
@@ -253,7 +253,7 @@ def llava_figure():
         large_model(386, 180, 190, 76, ["language model", "(a Llama)"], frozen=False),
         arrow(580, 218, 612, 218),
         lines(694, 204, ["“It is a boat.”", "one token after", "the other"], 13.5, INK),
-        text(290, 282, "pictures become words of the language model’s own kind", 13, INK),
+        text(290, 282, "picture and words reach the language model as vectors of one kind", 13, INK),
     ]
     save("02_llava.svg", 790, 302, "How a LLaVA is put together", *parts)
 
@@ -264,7 +264,7 @@ def handover_figure():
         text(62, 184, "an open picture", 13, QUIET),
         arrow(98, 112, 138, 78),
         arrow(98, 144, 138, 180),
-        large_model(144, 40, 128, 66, ["CLIP encoder", "f, frozen"]),
+        large_model(144, 40, 128, 66, ["vision encoder", "f, frozen"]),
         box(284, 46, 62, 54, "#ffffff", LARGE, 8, "6 4"),
         lines(315, 78, ["P_clip"], 13, LARGE),
         small_model(166, 160, 1.1),
@@ -290,9 +290,9 @@ def handover_figure():
         text(24, 300, "α = 0", 13, LARGE, "start", "600"),
         *[box(78 + 80 * i, 288, 78, 14, colour, radius=0) for i, colour in enumerate(HANDOVER)],
         text(800 - 24, 300, "α = 1", 13, SMALL, "end", "600"),
-        text(400, 326, "over the steps of training, one encoder leaves and the other stays", 13, QUIET),
+        text(400, 326, "over the steps of training, the compact model replaces the vision encoder", 13, QUIET),
     ]
-    save("03_handover.svg", 800, 344, "Dynamic Weighted Pretraining hands the encoder over", *parts)
+    save("03_handover.svg", 800, 344, "Dynamic Weighted Pretraining replaces the vision encoder", *parts)
 
 
 def scarce_figure():
