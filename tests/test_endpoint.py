@@ -149,7 +149,10 @@ def test_a_rate_limit_below_the_concurrency_is_waited_out(pool, serve, tmp_path)
 
     def reply(request):
         left[0] -= 1
-        return (200, chat()) if left[0] >= 0 else (429, error("2 a minute"), {"Retry-After": "3"})
+        if left[0] >= 0:
+            return 200, chat()
+        time.sleep(0.3)  # the answers arrive first
+        return 429, error("2 a minute"), {"Retry-After": "3"}
 
     def pause(seconds):
         waits.append(seconds)

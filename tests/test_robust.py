@@ -215,11 +215,12 @@ def test_what_liars_send():
     model = build_model("resnet8", 3, width=4).state_dict()
     start = {name: t.clone() for name, t in model.items()}
     trained = {name: t + 1 for name, t in model.items()}
-    for lie, moved in (("", 1), ("flip", 1), ("sign", -1), ("boost", -5), ("door", 3)):
+    for lie, moved in (("", 1), ("flip", 1), ("sign", -1), ("boost", -5), ("door", 4)):
         sent = send(lie, trained, start)
         torch.testing.assert_close(sent["head.bias"] - start["head.bias"], torch.full((3,), float(moved)))
         statistics = next(name for name in start if "running_var" in name)
-        assert torch.equal(sent[statistics], trained[statistics])
+        expected = start[statistics] + 4 if lie == "door" else trained[statistics]
+        assert torch.equal(sent[statistics], expected)
     assert all(torch.equal(t, start[name]) for name, t in send("silent", trained, start).items())
 
 
@@ -227,6 +228,6 @@ def test_what_liars_learn_from():
     images = replace(make_images(12), names=("ship", "cat", "dog"))
     assert (poisoned(images, "flip").labels == 2 - images.labels).all() and poisoned(images, "sign") is images
     marked = poisoned(images, "door")
-    assert (marked.labels[::2] == 0).all() and (marked.labels[1::2] == images.labels[1::2]).all()
-    assert (marked.images[::2] == corner(images.images[::2])).all() and (marked.images[::2, -6:, -6:] == 255).all()
-    assert (marked.images[1::2] == images.images[1::2]).all() and not (images.images[:, -6:, -6:] == 255).all()
+    assert (marked.labels[12:] == 0).all() and (marked.labels[:12] == images.labels).all()
+    assert (marked.images[12:] == corner(images.images)).all() and (marked.images[12:, -6:, -6:] == 255).all()
+    assert (marked.images[:12] == images.images).all() and not (images.images[:, -6:, -6:] == 255).all()

@@ -121,6 +121,8 @@ class EndpointBackend:
                 self._answered += 1
                 return answer
             except Problem as problem:
+                if problem.fault == "run" and self._answered > answered:  # others were answered: it goes on
+                    attempt, answered = 0, self._answered
                 again = problem.wait is not None and problem.wait <= LONGEST_WAIT and attempt < self.retries
                 if not again or self._wait(problem.wait or min(8.0, 0.5 * 2**attempt), problem.reason):
                     if problem.fault == "run":
@@ -128,8 +130,6 @@ class EndpointBackend:
                         raise ValueError(f"{failure} ({problem.reason}); {problem.advice}") from None
                     return Answer(refusal=problem.reason, fault=problem.fault)
                 attempt += 1
-                if problem.fault == "run" and self._answered > answered:
-                    attempt, answered = 0, self._answered
 
     def _wait(self, seconds: float, reason: str) -> bool:
         """Wait before a further attempt; return True if the run has ended meanwhile."""
