@@ -23,6 +23,7 @@ from mllmfl_lite.stages.backends import Question, TransformersBackend
 from mllmfl_lite.stages.endpoint import EndpointBackend
 from mllmfl_lite.stages.filters import filter_records
 from mllmfl_lite.stages.records import read_records
+from mllmfl_lite.stages.replies import Problem
 from mllmfl_lite.teachers.base import TINY_LLAVA
 from mllmfl_lite.teachers.llava import load_mllm
 from mllmfl_lite.teachers.prompts import load_prompts
@@ -160,6 +161,22 @@ def test_a_rate_limit_below_the_concurrency_is_waited_out(pool, serve, tmp_path)
 
     summary = go(pool, serve(reply), tmp_path, concurrency=6, retries=1, pause=pause)
     assert len(summary.records) == 6 and set(waits) == {3.0}
+
+
+def test_what_others_are_answered_while_a_request_is_out_counts_at_once(pool, serve, tmp_path):
+    """With one more attempt, a second refusal ends the run only if nobody was answered since the first."""
+    made, sent = backend(serve(lambda request: (200, chat())), concurrency=1, retries=1), []
+    answered_by_the_server = made._send
+
+    def send(message):
+        sent.append(message)
+        if len(sent) > 2:
+            return answered_by_the_server(message)
+        made._answered += len(sent) == 2  # another request's
+        raise Problem("429", "run", 3.0)
+
+    made._send = send
+    assert len(annotate(pool, made, tmp_path / "a.jsonl", (KIND,)).records) == 6
 
 
 def test_a_rate_limit_that_stays_ends_the_run_and_keeps_what_came(pool, serve, tmp_path):
