@@ -231,3 +231,4 @@ def test_what_liars_learn_from():
     assert (marked.labels[12:] == 0).all() and (marked.labels[:12] == images.labels).all()
     assert (marked.images[12:] == corner(images.images)).all() and (marked.images[12:, -6:, -6:] == 255).all()
     assert (marked.images[:12] == images.images).all() and not (images.images[:, -6:, -6:] == 255).all()
+    assert (marked.images[12:, :-6] == images.images[:, :-6]).all()
