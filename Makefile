@@ -9,7 +9,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=_build/executed/%)
 # Several notebooks are executed at a time, the longest first: one a core, at most four (1 to 2 GB of memory each).
 LONGEST := $(foreach chapter,03 06 07 04 05 a1,$(filter _build/executed/$(chapter)_%,$(EXECUTED)))
-AT_A_TIME = -j$(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+AT_A_TIME = -j$(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 RESULTS := $(shell find results -name '*.json' ! -path '*/checkpoints/*' ! -path '*/tuning/*')
 PAGES := _config.yml _toc.yml references.bib $(shell find book -type f ! -path '*/__pycache__/*')
 BOOK := _build/html/.built
