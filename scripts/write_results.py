@@ -52,8 +52,8 @@ How to read a table:
 - **all** is the accuracy (top-1) on the whole test set, in per cent. **head** is the third of the classes with the
   most training images, **tail** the third with the fewest.
 - A figure is the mean over seeds. After "±" stands the standard deviation over seeds.
-- A run without stage 3 reports the mean of its last ten tested rounds (on the laptop with 20
-  rounds: five). A run with stage 3 reports the aligned model.
+- A run without stage 3 reports the mean of its last ten tested rounds (of 20 rounds: five). A run with
+  stage 3 reports the aligned model.
 - **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
   and other work ran at the same time.
 - **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So
@@ -184,8 +184,17 @@ def _protocols() -> str:
     runs = [read_runs([RUNS / f"{benchmark}.yaml"], [whole])[0].experiment for benchmark in shown.values()]
     values = [{**asdict(run), **{f"federated.{k}": v for k, v in asdict(run.federated).items()}} for run in runs]
     rows = [[words, *(str(of[key]) for of in values)] for key, words in PROTOCOL.items()]
-    rows.append(["stage 1", *("the book's own weights" if run.start else "anew, in the run" for run in runs)])
+    rows.append(
+        ["teacher of stage 3", *("the MLLM" if run.align.teacher == "mllm" else run.align.teacher for run in runs)]
+    )
+    rows.append(["stage 1", *(_stage_1(run.start) for run in runs)])
     return _table(["setting", *shown], rows)
+
+
+def _stage_1(start: str) -> str:
+    if not start:
+        return "anew, in the run"
+    return "on words, of real parts" if start.startswith("results/real/") else "the book's own weights"
 
 
 def _reported() -> str:
