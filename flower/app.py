@@ -89,7 +89,8 @@ def main(grid: Grid, context: Context) -> None:
     train_images, split, _ = load_federation(experiment)
     if options.secure:
         check_secure(make_method(experiment, train_images))
-    grid = Counted(grid, Path(options.folder) / "traffic.jsonl")
+    if options.traffic:
+        grid = Counted(grid, Path(options.folder) / "traffic.jsonl")
     nodes = Nodes(grid, [len(own) for own in split], options.timeout, options.wait, options.secure)
     result = run_experiment(experiment, options.folder, options.device, ask=nodes)
     print(f"top-1 {result['summary']['top1']:.1%}; the results are in {options.folder}", flush=True)

@@ -24,6 +24,7 @@ class ServerOptions:
     timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds that clients have for a round
     wait: Annotated[float, Field(ge=0)] = 60.0  # seconds to wait for clients that are not connected
     secure: bool = False  # SecAgg+: the server learns the clients' mean, no single update
+    traffic: bool = False  # note the bytes and seconds of each set of messages in traffic.jsonl; writes each twice
 
 
 def read_config(config: dict[str, Any]) -> tuple[Experiment, ServerOptions]:

@@ -36,7 +36,7 @@ def run(secure):
             there.superlink()
             for client in range(CLIENTS):
                 there.supernode(client)
-            there.run({**CONFIG, "secure": secure, "folder": str(out)})
+            there.run({**CONFIG, "secure": secure, "traffic": True, "folder": str(out)})
             there.wait_for(lambda: (out / "fedavg_seed0.json").exists(), "the results")
         finally:
             for name in list(there.running):

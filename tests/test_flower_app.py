@@ -118,6 +118,18 @@ def test_it_is_the_in_process_run_to_the_bit(tmp_path, method):
         assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
+@pytest.mark.parametrize("traffic", [False, True])
+def test_traffic_is_noted_on_demand(tmp_path, traffic):
+    """Four clients get and send the weights: at least their bytes, at most as much again for names and figures."""
+    run(tmp_path, InProcess({**ALL_ONCE, "width": 16, "traffic": traffic}))
+    assert (tmp_path / "traffic.jsonl").exists() == traffic
+    if traffic:
+        notes = [json.loads(line) for line in (tmp_path / "traffic.jsonl").read_text().splitlines()]
+        (note,) = [note for note in notes if note["kind"] == "train"]
+        weights = 4 * sum(t.nbytes for t in load_model(next((tmp_path / "models").iterdir())).state_dict().values())
+        assert note["messages"] == 4 and all(weights <= note[way] <= 2 * weights for way in ("down", "up"))
+
+
 def read_experiment(config):
     return read_config(config)[0]
 
