@@ -63,7 +63,7 @@ echo "end $2" >> log
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
     """Runs make in a folder where executing a notebook is a nap; gives the process and the log."""
     for folder in ("mllmfl_lite", "results", "book", "notebooks", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
@@ -74,13 +74,16 @@ def make(tmp_path):
     (tmp_path / ".venv" / "bin" / "python").write_text(PYTHON)
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # about threads inside a process; make counts processes
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "NEWEST")}
 
     def run(*words, fault="", at_once=1):
         command = ["make", "executed", *words]
         environment.update(FAULT=fault, AT_ONCE=str(at_once))
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        return done, [line.replace("notebooks/", "").split() for line in (tmp_path / "log").read_text().splitlines()]
+        log = tmp_path / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return done, [line.replace("notebooks/", "").split() for line in lines]
 
     return run
 
@@ -97,6 +100,14 @@ def test_the_longest_notebooks_are_executed_first_two_at_a_time(make):
     assert sorted(started) == CHAPTERS and most_at_once(log) == 2
     assert {name[:2] for name in started[:2]} == {"03", "06"}
     assert len(make("AT_A_TIME=-j2")[1]) == len(log), "a second call executes nothing"
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores a process may use"
+)
+def test_as_many_at_a_time_as_cores_and_at_most_four(make):
+    done, _ = make("-n")
+    assert f"-j{min(len(os.sched_getaffinity(0)), 4)} _build/executed/03_" in done.stdout
 
 
 def test_one_at_a_time_on_demand(make):

@@ -190,8 +190,13 @@ def test_with_secagg_the_mean_is_that_of_fedavg(tmp_path, late):
     run(tmp_path / "plain", plain)
     mine, theirs = (load_model(next((tmp_path / of / "models").iterdir())) for of in ("secure", "plain"))
     check_mean(mine.state_dict(), theirs.state_dict())
+    assert all(t == 0 for t in mine.state_dict().values() if not t.is_floating_point()), "counters stay the server's"
     for reply in grid.replies:  # no weights in clear
         assert reply.has_error() or not any(len(r) for r in reply.content.array_records.values())
+
+
+def test_secagg_rounds_finely_and_a_thousand_clients_do_not_overflow():
+    assert 2 * secure.LARGEST / secure.LEVELS < 1e-4 and 1000 * secure.LEVELS < 2**32
 
 
 @pytest.mark.parametrize("method", ["median", "creff", "fedyoyo"])
