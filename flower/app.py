@@ -4,8 +4,6 @@ Nodes run `client_step` as threads of one process do, so the same experiment giv
 can be set stands in `pyproject.toml`; how to start everything stands in `book/operations.md`.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

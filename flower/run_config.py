@@ -1,7 +1,5 @@
 """From Flower's flat configuration of a run to the experiment and the server's options."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from typing import Annotated, Any

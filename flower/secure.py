@@ -3,8 +3,6 @@
 It hides neither the mean nor each client's number of images and loss, which Flower sends in clear.
 """
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

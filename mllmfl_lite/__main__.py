@@ -1,7 +1,5 @@
 """The command line: ``mllmfl annotate``, ``mllmfl run``, ``mllmfl plan``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Compact image models behind one interface: feature map, features, token grid, head."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reproducibility: random generators by name, checked settings, atomic writes, the device, progress bars."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Ablation controls that one table each uses: wrong answers and words, missing classes, rescaled starts, lies."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace

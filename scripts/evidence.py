@@ -17,7 +17,9 @@ import torch
 import tune
 from sweep import RESULTS, RUNS
 
-from mllmfl_lite.runs.files import Run, read_runs
+from mllmfl_lite.runs import Experiment
+from mllmfl_lite.runs.config import experiment_of
+from mllmfl_lite.runs.files import Run, merge, read_runs, read_settings
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.plan import in_words, total_hours
 from mllmfl_lite.runs.run import run_experiment
@@ -67,11 +69,20 @@ class Job(NamedTuple):
             return read_runs([self.benchmark, best], [anchor], [self.seed or 0])[0]
         return read_runs([self.benchmark], [best], [self.seed or 0])[0]
 
+    def is_ready(self) -> bool:
+        """Return False for a run whose trials are not done."""
+        return self.seed is None or tuned_file(self.benchmark, self.name).exists()
+
+    def experiment(self) -> Experiment:
+        """The experiment; before the trials with the benchmark's step sizes."""
+        if tuned_file(self.benchmark, self.name).exists():
+            return self.run().experiment
+        what = tune.METHODS[ANCHORS.get(self.name, self.name)][0]
+        return experiment_of({**merge(read_settings([self.benchmark]), what), "seed": self.seed or 0})
+
     def hours(self) -> float:
-        """Estimate for a laptop; before the trials that of FedAvg. Six trials cost three runs."""
-        known = tuned_file(self.benchmark, self.name).exists()
-        of = self.run() if known else read_runs([self.benchmark], [], [0])[0]
-        return total_hours([of.experiment], "laptop") * (3 if self.seed is None else 1)
+        """Estimate for a laptop. Six trials cost three runs."""
+        return total_hours([self.experiment()], "laptop") * (3 if self.seed is None else 1)
 
 
 def tuned_file(benchmark: Path, name: str) -> Path:
@@ -121,11 +132,25 @@ def describe() -> Iterator[str]:
         hours = sum(job.hours() for job in jobs)
         total += hours
         yield f"{benchmark.parent.name}/{benchmark.stem} {name}: {what}: about {in_words(hours)}"
-    benchmarks = dict.fromkeys(benchmark for benchmark, _ in left)
-    for need in sorted({need for b in benchmarks for need in missing(read_runs([b], [], [0])[0].experiment)}):
+    for need in sorted({need for jobs in left.values() for need in missing(jobs[0].experiment())}):
         yield f"missing: {need}"
     done = len(list(RESULTS.glob("*/tuned/*/*.json")))
     yield f"{done} runs done, {sum(map(len, left.values()))} jobs left, about {in_words(total)} of one core"
+
+
+def work() -> set[str]:
+    """Do one job after the other until none is left; the jobs that failed. The others go on, whatever it is."""
+    failed: set[str] = set()
+    while job := next((job for job in undone() if str(job) not in failed and job.is_ready()), None):
+        print(job, flush=True)
+        try:
+            if needs := missing(job.experiment()):
+                raise ValueError("missing: " + "; ".join(needs))
+            do(job)
+        except Exception:
+            failed.add(str(job))
+            print(f"failed, and left for the next start: {job}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return failed
 
 
 if __name__ == "__main__":
@@ -135,12 +160,4 @@ if __name__ == "__main__":
         print(*describe(), sep="\n")
         sys.exit()
     torch.set_num_threads(1)
-    failed: set[str] = set()
-    while job := next((job for job in undone() if str(job) not in failed), None):
-        print(job, flush=True)
-        try:
-            do(job)
-        except Exception:  # the others go on, whatever it is
-            failed.add(str(job))
-            print(f"failed, and left for the next start: {job}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-    sys.exit(bool(failed))
+    sys.exit(bool(work()))

@@ -7,8 +7,6 @@
 that saw no CIFAR label). Files that are there are kept, a run that was killed goes on. `make real-parts` comes first.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -69,6 +69,18 @@ def test_trials_and_runs_have_the_benchmarks_settings_and_the_rounds_best_ones(q
         assert run.experiment == of
 
 
+def test_what_a_run_lacks_is_said_first_and_the_others_go_on(queue, monkeypatch, capsys):
+    """A method whose trials could not be made gets no runs; nothing is trained before its need is known."""
+    monkeypatch.setattr(evidence, "QUEUE", [("laptop/world", ["server_only", "fedavg"], range(2))])
+    monkeypatch.setattr(evidence, "missing", lambda of: ["the teacher"] if 3 in of.stages else [])
+    monkeypatch.setattr(tune, "trial", lambda of, *more: of.federated.lr)
+    assert "missing: the teacher" in list(evidence.describe())
+    assert evidence.work() == {"laptop/world: server_only, six trials"}
+    assert "ValueError: missing: the teacher" in capsys.readouterr().err
+    assert {path.stem for path in (queue / "laptop/tuned").iterdir()} == {"fedavg"}
+    assert len(list((queue / "results/laptop/tuned/world").glob("fedavg_*.json"))) == 2
+
+
 def test_a_trial_runs_half_of_the_rounds():
     assert [
         tune.halved(tune.experiment_of(WORLD | {"federated": {"rounds": n, "clients_per_round": 1}})).federated.rounds

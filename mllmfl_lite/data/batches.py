@@ -1,7 +1,5 @@
 """Image sets as normalised float batches on a device, augmented a whole batch at a time."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator

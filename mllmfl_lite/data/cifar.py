@@ -1,7 +1,5 @@
 """CIFAR: the bundled small set, and the full sets from disk."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Images in the user's own folders: where they are, lists of them, folders as unlabelled sets."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -5,8 +5,6 @@
 same form has its class names in ``imagenet_lt/classes.txt``, a line each.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mllmfl_lite.data.folders import data_folder, read_lines, read_list, require_files

@@ -1,7 +1,5 @@
 """Long tails, balanced subsets and class groups: pure functions of labels and a seed."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mllmfl_lite.repro import numpy_generator

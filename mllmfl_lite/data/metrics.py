@@ -1,7 +1,5 @@
 """How good a model is: top-1, per class, and by class group, all from one confusion matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Class names: CIFAR's, and how they are said in a sentence."""
 
-from __future__ import annotations
-
 # CIFAR-100's superclasses, as a noun each, with their fine classes (Krizhevsky, 2009)
 SUPERCLASSES = {
     "sea mammal": "beaver dolphin otter seal whale",

@@ -1,7 +1,5 @@
 """Client splits: pure functions of labels and a seed. A split is a list with one array of indices a client."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Open one image file as RGB, whatever its format, depth, orientation or metadata."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

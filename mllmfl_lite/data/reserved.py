@@ -1,7 +1,5 @@
 """A world without overlap at CIFAR-10's full size: the server's pool and the clients' images share none."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

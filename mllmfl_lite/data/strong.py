@@ -3,8 +3,6 @@
 The policy (Cubuk et al., 2019) was searched on labelled, balanced CIFAR-10 images: a mild leak where those are scarce.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

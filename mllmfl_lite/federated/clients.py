@@ -1,7 +1,5 @@
 """The client's half of a round: local training, and the threads that run several clients at once."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """CReFF: classifier re-training with federated features, a baseline that retrains the last layer on the server."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

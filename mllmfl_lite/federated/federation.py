@@ -1,7 +1,5 @@
 """The images of a federation, what is checked before its first round, and what makes two runs the same."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Aggregation that bears some lying clients: clipped norm, coordinate median, trimmed mean."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low

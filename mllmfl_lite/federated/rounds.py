@@ -1,7 +1,5 @@
 """The server's loop over federated rounds: draw clients, collect their results, update, test, save."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

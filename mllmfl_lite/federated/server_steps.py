@@ -1,7 +1,5 @@
 """Methods that differ from FedAvg in what the server does with the mean: FedDF, FedNPC, alignment in each round."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict, dataclass
 

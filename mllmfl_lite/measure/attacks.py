@@ -1,7 +1,5 @@
 """Attacks on what clients send and on what models keep, each with its source. For our own runs only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

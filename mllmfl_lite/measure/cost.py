@@ -1,7 +1,5 @@
 """What one round costs one client, measured on its own step: bytes, operations, memory."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Callable

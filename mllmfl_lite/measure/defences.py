@@ -1,7 +1,5 @@
 """A defence on the client: the update of the weights is clipped and noised, BatchNorm statistics are not sent."""
 
-from __future__ import annotations
-
 import torch
 
 from mllmfl_lite.federated.aggregate import State, distance, weights_of

@@ -1,7 +1,5 @@
 """What a pretrained model is worth: a linear probe on its features, and finetuning with few labels."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Runs from files: settings in YAML, one experiment for each method and seed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

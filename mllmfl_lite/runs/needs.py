@@ -1,7 +1,5 @@
 """What a run needs and this machine lacks: data, models, weights to start from. Nothing is fetched."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The parts that an experiment names: images and split, method, model, pool, teacher."""
 
-from __future__ import annotations
-
 import pkgutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A rough estimate of a run: its parts, their operations, and hours on a machine."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Results files: JSON that says what was run, with what, and what came out, round by round."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

@@ -7,8 +7,6 @@ models/                             ...-federated.safetensors and ...-aligned.sa
 <label>_seed0.json                  the results
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

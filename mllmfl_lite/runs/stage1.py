@@ -1,7 +1,5 @@
 """Stage 1 of an experiment: annotate the pool, pretrain the compact model, save its weights."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

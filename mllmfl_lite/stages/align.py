@@ -1,7 +1,5 @@
 """Stage 3, global alignment: finetune the federated model on the server set, with ``CE(y, p) + beta * KL(q || p)``."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Stage 1a, annotation: an MLLM is asked about every image of a pool; each answer is written as it comes."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

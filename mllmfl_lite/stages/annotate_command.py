@@ -1,7 +1,5 @@
 """``mllmfl annotate``: annotate a folder of images, filter the texts, write them in LLaVA's format."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Who answers prompts about images: the common interface, and a model in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast

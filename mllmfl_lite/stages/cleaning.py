@@ -1,7 +1,5 @@
 """What comes from a model or a server, made fit to keep and to show: no secrets, no thinking, no control characters."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json

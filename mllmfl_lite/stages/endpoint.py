@@ -1,7 +1,5 @@
 """Questions to a server that speaks OpenAI's chat protocol, several at a time."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Filters of annotations: what is empty, cut off, looping or not about its image is left out."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

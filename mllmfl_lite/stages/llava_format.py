@@ -1,7 +1,5 @@
 """LLaVA's own data format: ``[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]``."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

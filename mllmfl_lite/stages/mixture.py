@@ -4,8 +4,6 @@ The LLM reads ``H(x) = (1 - alpha) * P_clip(f_clip(x)) + alpha * P_s(g(x))`` in 
 paper's; this equation, the schedules of alpha and the initial P_s are our reading.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any, NamedTuple, cast

@@ -1,7 +1,5 @@
 """Replies of a server that speaks OpenAI's chat protocol: an answer, or a problem and whose it is."""
 
-from __future__ import annotations
-
 import contextlib
 import email.utils
 import json

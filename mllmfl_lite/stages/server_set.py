@@ -1,7 +1,5 @@
 """The class-balanced server set of stage 3, drawn from the pool by a teacher's confidence."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The cache of what frozen teachers say of images: computed once, kept on disk, verified when read."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Sequence

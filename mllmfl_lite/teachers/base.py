@@ -1,7 +1,5 @@
 """What all frozen teachers share: batches, an identity, and checks of names and of a model's folder."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """CLIP on the server: image and text features in one space, zero-shot classification (Radford et al., 2021)."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A teacher that never saw CIFAR: a network trained on ImageNet, asked through ImageNet's own classes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """A multimodal LLM of the LLaVA family on the server: tokens, answers, likelihoods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The questions that an MLLM is asked about images."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Compare results of several seeds: by label, mean and spread, paired differences, how many seeds a claim needs."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Figures that a reader turns in a page without a kernel: a cell computes all states, `assets/turn` shows one."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

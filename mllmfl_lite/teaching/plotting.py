@@ -1,7 +1,5 @@
 """Plots of the chapters: groups and methods keep their colours, axes say their units."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

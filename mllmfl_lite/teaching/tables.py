@@ -1,7 +1,5 @@
 """Show tables and galleries in chapters, check parameters and the reader's guesses. All text is escaped."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

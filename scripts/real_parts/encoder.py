@@ -1,7 +1,5 @@
 """The frozen encoder: EfficientNet-lite2 with its ImageNet weights, as 4 x 4 visual tokens an image."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """All real parts of one folder: pools, tokens, texts, the reader. Each is made once and then read."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

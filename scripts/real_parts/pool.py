@@ -1,7 +1,5 @@
 """Which open images each step may use. Labels are dropped here: no later step can read one."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mllmfl_lite.data.images import UNLABELLED, ImageSet

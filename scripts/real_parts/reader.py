@@ -1,7 +1,5 @@
 """A reader: a frozen language model behind a projector, in the form that `mllmfl_lite.stages.mixture` reads through."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Train a reader with its projector on tokens and texts, and the gate: does it see, or does it guess?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 

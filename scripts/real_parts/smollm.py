@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct from its GGUF file as the frozen reader; only the projector in front of it is trained."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

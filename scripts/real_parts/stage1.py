@@ -1,7 +1,5 @@
 """Stage 1 on real parts: one loop for every condition, on the same images, crops and steps; only the target differs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

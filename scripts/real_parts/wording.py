@@ -1,7 +1,5 @@
 """Texts that no label enters: the encoder's first two ImageNet choices, and colours measured on the pixels."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

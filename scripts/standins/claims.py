@@ -1,7 +1,5 @@
 """Hold texts about CIFAR images against the pixels: what the image shows, and what the text claims."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

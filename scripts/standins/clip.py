@@ -1,7 +1,5 @@
 """tiny-clip: an `open_clip` model with its own small configuration."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the stand-ins learn from: CIFAR's images outside the bundled parts, texts about them, a tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

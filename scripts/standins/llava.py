@@ -1,7 +1,5 @@
 """tiny-llava: `transformers.LlavaForConditionalGeneration` with a small vision tower, projector and Llama."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

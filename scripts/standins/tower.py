@@ -1,7 +1,5 @@
 """The vision tower of tiny-llava: a CLIP ViT made for little data, trained from labels and from tiny-clip."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The training loop of all stand-ins: AdamW, batches with a fixed share of CIFAR-10."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

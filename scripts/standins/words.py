@@ -1,7 +1,5 @@
 """Write text about a 32 x 32 image from its class and its pixels: the sentences that the stand-ins learned from."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mllmfl_lite.data.names import SUPERCLASS_OF, SYNONYMS, spoken, with_article
