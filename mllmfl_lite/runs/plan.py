@@ -17,11 +17,11 @@ from mllmfl_lite.runs.files import Run
 from mllmfl_lite.runs.needs import missing
 from mllmfl_lite.runs.run import rounds_key
 
-SIZES = {  # training images, test images, classes, pixels a side
-    "cifar10_mini": (5_000, 2_000, 10, 32),
-    "cifar10": (50_000, 10_000, 10, 32),
-    "cifar100": (50_000, 10_000, 100, 32),
-    "imagenet_lt": (IMAGENET_LT["train"], IMAGENET_LT["test"], 1000, 224),
+SIZES = {  # training images, test images, classes
+    "cifar10_mini": (5_000, 2_000, 10),
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "imagenet_lt": (IMAGENET_LT["train"], IMAGENET_LT["test"], 1000),
 }
 POOLS = {"cifar10_mini": 3_000, "cc595k": 595_375, RESERVED_POOL: 55_000}
 LARGE = {  # weights of language model and vision tower, visual tokens; others count as LLaVA-1.5-7B
@@ -33,7 +33,6 @@ RATES = {  # operations a second on a compact and on a large model; seconds that
     "a100": (16e12, 125e12, 2.5e-3),
     "h100": (49e12, 396e12, 2.5e-3),
 }
-WORDS = 100  # tokens of a question and a long answer
 
 
 class Stage(NamedTuple):
@@ -68,25 +67,24 @@ def image_operations(model: str, width: int, classes: int, pixels: int) -> tuple
 
 def estimate(of: Experiment) -> list[Stage]:
     """The run's parts with their operations, from nothing. CReFF's server, CLIP and decoding of files are left out."""
-    train, test, classes, pixels = SIZES[of.dataset]
-    train -= RESERVED * classes * (of.pool == RESERVED_POOL)
+    train, test, classes = SIZES[of.dataset]
+    pixels, train = 32, train - RESERVED * classes * (of.pool == RESERVED_POOL)
     if of.dataset == "imagenet_lt":
         pixels = of.image_size
     else:
         train = sum(long_tail_counts(classes, train // classes, of.imbalance_factor))
     learn, look = image_operations(of.model, of.width, classes, pixels)
     language, tower, tokens = LARGE.get(of.mllm, LARGE["llava-hf/llava-1.5-7b-hf"])
-    reading = 2 * (tower * tokens + language * (tokens + WORDS))  # one image with a text
+    reading = 2 * (tower * tokens + language * (tokens + 100))  # one image, a question and a long answer
     pool = POOLS.get(of.pool, POOLS["cc595k"])
     pool, asked, stages = min(pool, of.pool_images or pool), f"{of.mllm} {of.pool} {of.pool_images}", []
     if 1 in of.stages and not of.start:
         texts, side, passes = pool * of.pretrain.epochs, pool_side(of) or 32, 2 + of.pretrain.gradient_checkpointing
         if of.annotations == "new":
             stages.append(Stage(f"stage 1: describe {pool:,} images", f"{asked} {of.kind}", large=pool * reading))
-        compact = texts * image_operations(of.model, of.width, classes, side)[0]
+        compact, steps = texts * image_operations(of.model, of.width, classes, side)[0], texts / of.pretrain.batch_size
         key = f"{asked} {of.kind} {of.pretrain} {of.model} {of.width} {of.seed} {side}"
-        name, steps = f"stage 1: pretrain on {texts:,} texts", texts / of.pretrain.batch_size
-        stages.append(Stage(name, key, compact, texts * passes * reading, steps))
+        stages.append(Stage(f"stage 1: pretrain on {texts:,} texts", key, compact, texts * passes * reading, steps))
     if 2 in of.stages:
         rounds = of.federated
         shown = rounds.rounds * rounds.clients_per_round * rounds.local_epochs * train / of.num_clients
