@@ -63,11 +63,11 @@ How to read a table:
 PLANNED = """## The five questions of the protocol
 
 `results/PROTOCOL.md` was written before these runs. It has the five questions, the settings and the rules. Each row
-had six trials on held-out training images. *p, Holm* is the p-value, corrected for five questions. "Not shown" does
-not mean "no effect". `make evidence` goes on with the runs that are left. `python scripts/primary.py` prints these
-tables.
+had six trials on held-out training images. *p, Holm* is the p-value, corrected for five questions. A question
+without runs counts as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are
+left. `python scripts/primary.py` prints these tables.
 
-In the first round, stage 3 had 20 epochs. Its figures showed two faults. The row without clients was not trained to
+In the first round, stage 3 had 20 epochs. Its numbers showed two faults. The row without clients was not trained to
 its end, and the best trials with KL lay at the edge of what was tried. So a second round was written down before it
 started: 100 epochs of stage 3, and six new trials for each row. Most of the last difference is gone in it. Where the
 two rounds differ, believe the second. The references "five times as long" were run between them, with the first
