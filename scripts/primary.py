@@ -95,7 +95,7 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
         if rows := read(results / place):
             yield from (f"### {title}", "", *table_of_rows(rows), "", *table_of_answers(rows), "")
             if primary(rows, AGAIN):
-                yield from ("Second round, with 100 epochs of stage 3:", "", *table_of_answers(rows, AGAIN), "")
+                yield from ("Second series, with 100 epochs of stage 3:", "", *table_of_answers(rows, AGAIN), "")
 
 
 def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:

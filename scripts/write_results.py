@@ -39,8 +39,8 @@ PROTOCOL = {
 
 INTRODUCTION = """# Results
 
-**In short: on the laptop, each run with stage 3 is far ahead of each run without it, and mostly on the rare
-classes.** The clients add only a few points to a server that trains long enough.
+**In short: on the laptop, a run with stage 3 is far ahead of the same run without it, mostly on the rare classes.** The
+clients add only a few points to a server that trains long enough.
 [Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables and has the controls.
 
 This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
@@ -67,11 +67,11 @@ had six trials on held-out training images. *p, Holm* is the p-value, corrected 
 without runs counts as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are
 left. `python scripts/primary.py` prints these tables.
 
-In the first round, stage 3 had 20 epochs. Its numbers showed two faults. The row without clients was not trained to
-its end, and the best trials with KL lay at the edge of what was tried. So a second round was written down before it
-started: 100 epochs of stage 3, and six new trials for each row. Most of the last difference is gone in it. Where the
-two rounds differ, believe the second. The references "five times as long" were run between them, with the first
-round's settings.
+In the first series, stage 3 had 20 epochs. Its numbers showed two faults. The row without clients was not trained to
+its end, and the best trials with KL lay at the edge of what was tried. So a second series (the protocol calls it a
+round) was written down before it started: 100 epochs of stage 3, and six new trials for each row. Most of the last
+difference is gone in it. One trial with KL lies at an edge again. Where the two series differ, believe the second. The
+references "five times as long" were run between them, with the first series' settings.
 
 """
 OLDER = """All tables below were made before the protocol was written. So they are exploratory.
