@@ -46,7 +46,7 @@ def test_a_difference_is_over_seeds_that_both_rows_have(world):
     assert "| FedYoYo | 1 | 30.0 | 30.0 |" in lines and "| 3 | +4.0 (" in lines and "Medium" not in lines
 
 
-def test_the_second_round_asks_the_same_of_longer_rows(world):
+def test_the_second_series_asks_the_same_of_longer_rows(world):
     for seed, (ours, theirs) in enumerate([(0.50, 0.47), (0.52, 0.51)]):
         world[1]("stage3_100", seed, ours)
         world[1]("server_only_100", seed, theirs)
@@ -54,7 +54,7 @@ def test_the_second_round_asks_the_same_of_longer_rows(world):
     assert list(primary.primary(rows, primary.AGAIN)) == ["Q5"]
     assert primary.primary(rows, primary.AGAIN)["Q5"].found.mean == pytest.approx(0.02)
     assert primary.AGAIN["Q2"][1:] == ("fedyoyo_stage3_100", "fedyoyo")
-    assert "Second round" in "\n".join(primary.tables(world[0]))
+    assert "Second series" in "\n".join(primary.tables(world[0]))
 
 
 def test_a_row_whose_sets_share_images_is_refused(world):
