@@ -4,7 +4,7 @@
     python scripts/measure_pretraining.py --only dwp_linear --seeds 0
 
 Every trained condition gets the same number of epochs, or as many as cost the same operations as torch counts them (its
-versions count differently). Files that are there are kept; a run that was killed goes on from its checkpoint. The
+versions count differently); `features_equal_steps` stays with the epochs. Files that are there are kept; a run that was killed goes on from its checkpoint. The
 settings were chosen with a fifth of the training part held out, never on the test part.
 """
 
@@ -39,6 +39,7 @@ CONDITIONS = {
     "dwp_step": {"schedule": "step"},
     "dwp_features": {"feature_weight": 1.0},
     "dwp_quick": {"ramp": 0.05},
+    "features_equal_steps": FEATURES,
 }
 WIDTH, LABELS = 16, 0.02
 KEPT = ("dwp_linear", "features")  # their weights stay, for the chapters that go on from them
@@ -75,7 +76,8 @@ def pretrained(condition, seed, model, web, path):
     views = Views(web, mllm, path.parent / "checkpoints" / "features")
     settings = replace(SETTINGS, **CONDITIONS[condition])
     spent, full = operations(settings, mllm, views, texts), operations(SETTINGS, mllm, views, texts)
-    settings = replace(settings, epochs=round(settings.epochs * full / spent))
+    if condition != "features_equal_steps":
+        settings = replace(settings, epochs=round(settings.epochs * full / spent))
     given = texts.shuffled(seed) if condition == "shuffled" else texts
     execution = Execution(path.parent / "checkpoints" / path.stem, "cpu")
     done = pretrain(model, mllm, views, given, settings, seed, execution)
