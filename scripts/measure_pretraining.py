@@ -4,8 +4,9 @@
     python scripts/measure_pretraining.py --only dwp_linear --seeds 0
 
 Every trained condition gets the same number of epochs, or as many as cost the same operations as torch counts them (its
-versions count differently); `features_equal_steps` stays with the epochs. Files that are there are kept; a run that was killed goes on from its checkpoint. The
-settings were chosen with a fifth of the training part held out, never on the test part.
+versions count differently); `features_equal_steps` stays with the epochs. Files that are there are kept; a run that was
+killed goes on from its checkpoint. The settings were chosen with a fifth of the training part held out, never on the
+test part.
 """
 
 from dataclasses import asdict, replace

@@ -5,7 +5,7 @@
 All figures come from results/SCALE/tuned. Seeds that one of two rows lacks are left out of their difference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,15 @@ NAMES = {
     "server_only_ce": "stage 3 without clients, cross-entropy alone", "fedyoyo_stage3": "FedYoYo, then stage 3",
     "fedyoyo_all_three": "stage 1, FedYoYo, stage 3", "balanced_iid": "reference: balanced IID data, FedAvg",
     "one_place": "reference: all images in one place",
-    "server_only_longer": "reference: stage 3 without clients, five times as long",
-    "stage3_longer": "reference: stages 2 and 3, stage 3 five times as long",
+    "server_only_longer": "stage 3 without clients, five times as long",
+    "stage3_longer": "stages 2 and 3, stage 3 five times as long",
 }  # fmt: skip
 AGAIN = {name: (text, f"{row}_100", minus if minus == "fedyoyo" else f"{minus}_100")
          for name, (text, row, minus) in QUESTIONS.items()}  # fmt: skip
 NAMES |= {row: f"{NAMES[row[:-4]]} (100 epochs)" for pair in AGAIN.values() for row in pair[1:] if row not in NAMES}
+
+FIRST = {row for _, *pair in QUESTIONS.values() for row in pair} - {row for _, *pair in AGAIN.values() for row in pair}
+FIRST |= {f"{row}_longer" for row in FIRST} | {f"{row}_ce" for row in FIRST}
 
 
 class Primary(NamedTuple):
@@ -90,23 +93,34 @@ def primary(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> di
 
 
 def tables(results: Path = RESULTS) -> Iterator[str]:
-    """Lines of Markdown: for each world that has runs, its rows and its primary differences."""
+    """Lines of Markdown: for each world that has runs, its primary differences and its rows, the last series first."""
     for place, title in WORLDS.items():
         if rows := read(results / place):
-            yield from (f"### {title}", "", *table_of_rows(rows), "", *table_of_answers(rows), "")
-            if primary(rows, AGAIN):
-                yield from ("Second series, with 100 epochs of stage 3:", "", *table_of_answers(rows, AGAIN), "")
+            before = {name: of for name, of in rows.items() if name in FIRST}
+            repeated = primary(rows, AGAIN)
+            now = {name: of for name, of in rows.items() if name not in before} if repeated else rows
+            questions = AGAIN if repeated else QUESTIONS
+            yield from (f"### {title}", "", *table_of_answers(rows, questions), "", *table_of_rows(now), "")
+            if repeated:
+                first = [*table_of_answers(rows), "", *table_of_rows(before)]
+                yield from folded("The first series, with 20 epochs of stage 3", first)
+
+
+def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
+    """Lines of Markdown behind a click."""
+    yield from (f"````{{admonition}} {title}", ":class: dropdown", "", *lines, "````", "")
 
 
 def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
     """Each row's accuracy, in per cent: mean and standard deviation over its seeds."""
-    yield from ("| row | seeds | all classes | frequent | middle | rare |", "|---" * 6 + "|")
-    yield from (row(NAMES[name], list(rows[name].values())) for name in NAMES if name in rows)
+    yield from ("| row | seeds | all classes | head | middle | tail |", "|---" * 6 + "|")
+    order = sorted(NAMES.items(), key=lambda name: name[1].startswith("reference"))
+    yield from (row(words, list(rows[name].values())) for name, words in order if name in rows)
 
 
 def table_of_answers(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> Iterator[str]:
     """The difference of each question that has two seeds or more."""
-    yield from ("| question | seeds | points (95 %) | p, Holm | answer |", "|---" * 5 + "|")
+    yield from ("| question | seeds | points (95 %) | p, corrected | answer |", "|---" * 5 + "|")
     yield from (answer(name, *found) for name, found in primary(rows, questions).items())
 
 

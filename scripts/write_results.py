@@ -31,6 +31,7 @@ BENCHMARKS = ("cifar10_lt_if100", "cifar10_lt_if50", "cifar10_lt_if10", "cifar10
 FIGURES = {"top1": "all classes", "few": "classes with few images"}
 ORDER = ("fedavg", "fedprox", "fedavgm", "creff", "clip2fl", "mllm_llava_fl", "mllm_llava_fl_ce", "stage1", "stage3",
          "stage3_ce")  # fmt: skip
+MAIN = {*ORDER[:6], "stage3", "server_only"}  # a benchmark's first rows; its other rows are behind a click
 PROTOCOL = {
     "dataset": "data", "num_clients": "clients", "federated.clients_per_round": "a round", "federated.rounds": "rounds",
     "federated.local_epochs": "local epochs", "model": "model", "width": "width", "federated.precision": "precision",
@@ -44,8 +45,8 @@ clients add only a few points to a server that trains long enough.
 [Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables and has the controls.
 
 This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
-report, then what was not run, with its price. `make results` writes the page from the files in `results/`. A test
-compares the two.
+report, then what was not run, with its price. Controls are behind a click. `make results` writes the page from the
+files in `results/`. A test compares the two.
 
 How to read a table:
 
@@ -63,9 +64,10 @@ How to read a table:
 PLANNED = """## The five questions of the protocol
 
 `results/PROTOCOL.md` was written before these runs. It has the five questions, the settings and the rules. Each row
-had six trials on held-out training images. *p, Holm* is the p-value, corrected for five questions. A question
-without runs counts as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are
-left. `python scripts/primary.py` prints these tables.
+had six trials on held-out training images. "Points" is the difference of two rows, with its 95 % interval. *p* says how
+often chance alone would give a difference of this size. It is corrected (Holm, 1979), since of five questions one may
+have a small p by luck. A question without runs counts as p = 1. "Not shown" does not mean "no effect". `make evidence`
+goes on with the runs that are left. `python scripts/primary.py` prints these tables.
 
 In the first series, stage 3 had 20 epochs. Its numbers showed two faults. The row without clients was not trained to
 its end, and the best trials with KL lay at the edge of what was tried. So a second series (the protocol calls it a
@@ -215,8 +217,14 @@ def _words(method: str) -> str:
 
 def _results(scale: str, name: str, rows: list[Row]) -> str:
     header = ["method", "all", "head", "tail", "seeds", "time", "run"]
-    table = _table(header, [_filled(row) for row in rows])
-    return f"### {_title(name)}: `{scale}/{name}`\n\n{table}\n{_made_with(rows)}\n"
+    heading = f"### {_title(name)}: `{scale}/{name}`\n\n"
+    main = [row for row in rows if row.run.label in MAIN]
+    controls = [row for row in rows if row not in main]
+    table = _table(header, [_filled(row) for row in main])
+    behind = [_table(header, [_filled(row) for row in controls])] if controls else []
+    title = f"{len(controls)} controls, and what made the runs" if controls else "What made the runs"
+    lines = primary.folded(title, [*behind, _made_with(rows)])
+    return heading + table + "\n" + "\n".join(lines) + "\n"
 
 
 def _filled(row: Row) -> list[str]:

@@ -54,7 +54,7 @@ def test_the_second_series_asks_the_same_of_longer_rows(world):
     assert list(primary.primary(rows, primary.AGAIN)) == ["Q5"]
     assert primary.primary(rows, primary.AGAIN)["Q5"].found.mean == pytest.approx(0.02)
     assert primary.AGAIN["Q2"][1:] == ("fedyoyo_stage3_100", "fedyoyo")
-    assert "Second series" in "\n".join(primary.tables(world[0]))
+    assert "The first series" in "\n".join(primary.tables(world[0]))
 
 
 def test_a_row_whose_sets_share_images_is_refused(world):
