@@ -41,7 +41,7 @@ class PretrainSettings:
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05  #: share of the steps in which the step size rises (0.03)
     schedule: Literal["linear", "cosine", "step", "constant"] = "linear"  #: of alpha, see `alpha_at`
     ramp: Share = 0.2  #: share of the steps in which alpha rises
-    alpha_end: Share = 1.0  #: alpha's last value; below 1, clients would still need the encoder
+    alpha_end: Share = 1.0  #: alpha's last value; below 1, the compact model never stands alone
     language_weight: Weight = 1.0  #: of the language model's loss; 0 leaves feature distillation alone
     feature_weight: Weight = 0.0  #: of the feature term, 1 - cosine
     max_answer_tokens: Count = 128  #: longer answers are cut
@@ -56,7 +56,7 @@ class PretrainSettings:
         if not self.language_weight + self.feature_weight:
             raise ValueError("language_weight and feature_weight are both 0: there is nothing to learn from")
         if self.alpha_end < 1:
-            warnings.warn(f"alpha ends at {self.alpha_end}, not 1: clients would still need the encoder", stacklevel=4)
+            warnings.warn(f"alpha ends at {self.alpha_end}, not 1: the compact model would never stand alone", stacklevel=4)
         return self
 
     def alpha(self, step: int, steps: int) -> float:
