@@ -156,7 +156,7 @@ def test_the_learning_rate_in_closed_form(warmup):
 
 
 def test_a_schedule_that_does_not_end_at_1_is_warned_of():
-    with pytest.warns(UserWarning, match=r"alpha ends at 0.8, not 1: the compact model would never stand alone") as said:
+    with pytest.warns(UserWarning, match=r"alpha ends at 0.8, not 1: the compact model never stands alone") as said:
         PretrainSettings(alpha_end=0.8)
     assert said[0].filename == __file__
 

@@ -56,7 +56,7 @@ class PretrainSettings:
         if not self.language_weight + self.feature_weight:
             raise ValueError("language_weight and feature_weight are both 0: there is nothing to learn from")
         if self.alpha_end < 1:
-            warnings.warn(f"alpha ends at {self.alpha_end}, not 1: the compact model would never stand alone", stacklevel=4)
+            warnings.warn(f"alpha ends at {self.alpha_end}, not 1: the compact model never stands alone", stacklevel=4)
         return self
 
     def alpha(self, step: int, steps: int) -> float:
