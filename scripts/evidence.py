@@ -32,14 +32,15 @@ ANCHORS = {  # references with the settings of another row, without trials of th
     "balanced_iid": "fedavg", "one_place": "fedavg", "server_only_longer": "server_only",
     "stage3_longer": "stage3",
 }  # fmt: skip
-SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md
+SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md, and a control
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
     (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
     (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
     (LAPTOP, ["server_only_longer", "stage3_longer"], range(5)),
     (LAPTOP, SECOND[:3], range(5)),
-    (LAPTOP, SECOND[3:], range(3)),
+    (LAPTOP, SECOND[3:6], range(3)),
+    (LAPTOP, SECOND[6:], range(5)),
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "server_only_ce", *WITH_STAGE_1[2:]], range(3)),
