@@ -40,9 +40,10 @@ PROTOCOL = {
 
 INTRODUCTION = """# Results
 
-**In short: on the laptop, a run with stage 3 is far ahead of the same run without it, mostly on the rare classes.** The
-clients add only a few points to a server that trains long enough.
-[Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables and has the controls.
+**In short: on the laptop, a run with stage 3 is far ahead of the same run without it.** The tail gains, and the
+head pays. The clients add only a few points to a server that trains long enough. **No run of the paper's scale has
+been made, and none with a real LLaVA.** Trust the five questions most: their rules were written first. [Chapter
+6](../notebooks/06_three_stages_together.ipynb) reads these tables.
 
 This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
 report, then what was not run, with its price. Controls are behind a click. `make results` writes the page from the
@@ -51,29 +52,32 @@ files in `results/`. A test compares the two.
 How to read a table:
 
 - **all** is the accuracy (top-1) on the whole test set, in per cent. **head** is the third of the classes with the
-  most training images, **tail** the third with the fewest.
+  most training images, **tail** the third with the fewest, **middle** what lies between. Of ten classes, the head
+  has four.
 - A figure is the mean over seeds. After "±" stands the standard deviation over seeds.
-- A run without stage 3 reports the mean of its last ten tested rounds (of 20 rounds: five). A run with
+- A run without stage 3 reports the mean of its last ten tests. A run of 20 rounds reports its last five. A run with
   stage 3 reports the aligned model.
 - **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
   and other work ran at the same time.
-- **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So
-  `make paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs the first row of the first table.
+- **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So `make
+  paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs the first row of the first table.
 
 """
 PLANNED = """## The five questions of the protocol
 
 `results/PROTOCOL.md` was written before these runs. It has the five questions, the settings and the rules. Each row
-had six trials on held-out training images. "Points" is the difference of two rows, with its 95 % interval. *p* says how
-often chance alone would give a difference of this size. It is corrected (Holm, 1979), since of five questions one may
-have a small p by luck. A question without runs counts as p = 1. "Not shown" does not mean "no effect". `make evidence`
-goes on with the runs that are left. `python scripts/primary.py` prints these tables.
+had six trials on held-out training images. "Points" is the difference of two rows, with its 95 % interval. *p* says
+how often chance alone would give a difference of at least this size, if there were none. With five questions, one p
+can be small by luck. Holm's correction (1979) makes each p larger to allow for this. A question without runs counts
+as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are left. `python
+scripts/primary.py` prints these tables.
 
-In the first series, stage 3 had 20 epochs. Its numbers showed two faults. The row without clients was not trained to
-its end, and the best trials with KL lay at the edge of what was tried. So a second series (the protocol calls it a
-round) was written down before it started: 100 epochs of stage 3, and six new trials for each row. Most of the last
-difference is gone in it. One trial with KL lies at an edge again. Where the two series differ, believe the second. The
-references "five times as long" were run between them, with the first series' settings.
+There are two series. In the first one, stage 3 had 20 epochs. It had two faults. The row without clients was still
+improving when it stopped. And the best settings with KL were the smallest that we had tried. So we planned a second
+series before we ran it: 100 epochs of stage 3, and six new trials for each row. (The protocol calls a series a
+round.) In it, the clients add 1.5 points, not 11.9. Where the two differ, the second is the better one. But it was
+planned after the first one's numbers, and its best settings with KL are again the largest that we tried. Two rows
+"five times as long" have 100 epochs, and the settings of the first series.
 
 """
 OLDER = """All tables below were made before the protocol was written. So they are exploratory.

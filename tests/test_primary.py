@@ -1,6 +1,7 @@
 """The primary differences: Holm's correction by hand, pairs of seeds, rows that share images; committed files hold."""
 
 import evidence
+import numpy as np
 import primary
 import pytest
 import tune
@@ -75,3 +76,15 @@ def test_committed_files_are_of_the_protocol():
     queued = {name for _, methods, _ in evidence.QUEUE for name in methods}
     asked = {name for asked in (primary.QUESTIONS, primary.AGAIN) for _, *pair in asked.values() for name in pair}
     assert asked <= queued <= primary.NAMES.keys()
+
+
+def test_the_first_page_says_what_the_files_say():
+    rows = primary.read(primary.RESULTS / "laptop/tuned/cifar10_mini_lt_if10_long")
+
+    def mean(row, group):
+        return round(100 * np.mean([run["summary"]["groups"][group] for run in rows[row].values()]))
+
+    page = " ".join((primary.RESULTS.parent / "book" / "intro.md").read_text(encoding="utf-8").split())
+    alone, full = ([mean(row, group) for group in ("head", "tail")] for row in ("fedavg", "mllm_llava_fl_100"))
+    assert f"averaging alone gets {alone[1]} % of their pictures right, and all three stages get {full[1]} %" in page
+    assert f"they fall from {alone[0]} to {full[0]} %" in page
