@@ -38,7 +38,6 @@ CONDITIONS = {
     "features": FEATURES,
     "dwp_cosine": {"schedule": "cosine"},
     "dwp_step": {"schedule": "step"},
-    "dwp_features": {"feature_weight": 1.0},
     "dwp_quick": {"ramp": 0.05},
     "features_equal_steps": FEATURES,
 }
