@@ -109,7 +109,7 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
 
 def folded(title: str, lines: Iterable[str]) -> Iterator[str]:
     """Lines of Markdown behind a click."""
-    yield from (f"````{{admonition}} {title}", ":class: dropdown", "", *lines, "````", "")
+    yield from (f"````{{admonition}} {title}", ":class: dropdown", "", *lines, "", "````", "")
 
 
 def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
