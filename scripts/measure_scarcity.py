@@ -8,6 +8,7 @@ The pretrained weights are those of `scripts/measure_real_parts.py`: no teacher 
 images are CIFAR-100's. Each results file counts the images that two of its sets share. Files that are there are kept.
 """
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from mllmfl_lite.data.longtail import few_labels
 from mllmfl_lite.data.reserved import overlap
 from mllmfl_lite.measure.transfer import FINETUNING, best, finetune
 from mllmfl_lite.models import build_model, load_model, with_head
-from mllmfl_lite.repro import Execution
+from mllmfl_lite.repro import Execution, write_atomically
 from mllmfl_lite.runs.results import provenance, save_result
 
 OUT = RESULTS / "medium" / "scarce_cifar10"
@@ -30,6 +31,7 @@ STARTS = ("random", "words", "features")
 SHARES, TRIED, TRIAL_SEED = (0.01, 0.02, 0.1), (0.02, 0.05, 0.1, 0.2), 7
 EPOCHS, WIDTH, WATCHED = 30, 16, 2000
 NUMBERS = replace(FINETUNING, rounds=EPOCHS, eval_every=3)
+pools = functools.cache(open_pools)  # seconds, and the same for every run
 
 
 def model_for(start: str, seed: int, head_seed: int | None = None):
@@ -52,7 +54,8 @@ def trial(start: str, lr: float, out: Path) -> None:
     model = model_for(start, TRIAL_SEED if start == "random" else 0, TRIAL_SEED)
     run = finetune(model, train, labelled, watched, replace(NUMBERS, lr=lr), TRIAL_SEED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"start": start, "lr": lr, "last": run.history[-1]["metrics"]["top1"]}) + "\n")
+    last = run.history[-1]["metrics"]["top1"]
+    write_atomically(path, f"{json.dumps({'start': start, 'lr': lr, 'last': last})}\n".encode())
 
 
 def step_size(start: str, out: Path) -> float:
@@ -78,7 +81,7 @@ def measure(share: float, start: str, seed: int, out: Path) -> None:
                        "width": WIDTH, "epochs": EPOCHS, "lr": lr, "batch_size": 32},
         "summary": {"best": best(run.history), "last": run.history[-1]["metrics"]["top1"]},
         "data": {"train_sha256": train.checksum(), "test_sha256": test.checksum(),
-                 "overlap": overlap(clients=train.subset(labelled), test=test, **open_pools())},
+                 "overlap": overlap(clients=train.subset(labelled), test=test, **pools())},
         "provenance": provenance("cpu"),
         "history": run.history,
     }  # fmt: skip

@@ -76,15 +76,24 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     return found
 
 
+def difference(rows: dict[str, dict[int, dict]], ours: str, theirs: str, group: str | None = None) -> Difference:
+    """Two rows' accuracy, in all classes or a group, over the seeds that both have; without one a ValueError."""
+    both = shared_seeds(rows, ours, theirs)
+    found = [[rows[row][seed]["summary"] for seed in both] for row in (ours, theirs)]
+    return paired_difference(*([s["groups"][group] if group else s["top1"] for s in of] for of in found))
+
+
+def shared_seeds(rows: dict[str, dict[int, dict]], *names: str) -> list[int]:
+    """The seeds that all of these rows have, rising."""
+    return sorted(set.intersection(*(set(rows.get(name, {})) for name in names)))
+
+
 def primary(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> dict[str, Primary]:
     """The differences of a round's questions that have two seeds or more; Holm's correction is over all five."""
     differences, seeds = {}, {}
     for name, (_, ours, theirs) in questions.items():
-        both = sorted(rows.get(ours, {}).keys() & rows.get(theirs, {}).keys())
-        if len(both) > 1:
-            seeds[name] = both
-            top1 = [[rows[row][seed]["summary"]["top1"] for seed in both] for row in (ours, theirs)]
-            differences[name] = paired_difference(*top1)
+        if len(both := shared_seeds(rows, ours, theirs)) > 1:
+            seeds[name], differences[name] = both, difference(rows, ours, theirs)
     missing = [1.0] * (len(questions) - len(differences))
     adjusted = holm([found.p for found in differences.values()] + missing)
     return {
@@ -135,9 +144,8 @@ def row(name: str, results: list[dict]) -> str:
 
 def answer(name: str, seeds: list[int], found: Difference, p: float) -> str:
     """A question's line."""
-    shown = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     verdict = "not shown" if p >= 0.05 else "yes" if found.mean > 0 else "no: it costs points"
-    return f"| {QUESTIONS[name][0]} | {len(seeds)} | {shown} | {p:.3f} | {verdict} |"
+    return f"| {QUESTIONS[name][0]} | {len(seeds)} | {found.points} | {p:.3f} | {verdict} |"
 
 
 if __name__ == "__main__":

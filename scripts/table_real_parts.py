@@ -67,8 +67,7 @@ def against(ours: list[float], random: list[float]) -> str:
     """Mean difference from random weights over the federation's seeds, and its 95 % interval, in points."""
     if len(ours) != len(random) or len(ours) < 2:
         return ""
-    found = paired_difference(ours, random)
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return paired_difference(ours, random).points
 
 
 def row(first: str, cells: list[str]) -> str:

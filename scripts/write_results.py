@@ -223,7 +223,7 @@ def _results(scale: str, name: str, rows: list[Row]) -> str:
     header = ["method", "all", "head", "tail", "seeds", "time", "run"]
     heading = f"### {_title(name)}: `{scale}/{name}`\n\n"
     main = [row for row in rows if row.run.label in MAIN]
-    controls = [row for row in rows if row not in main]
+    controls = [row for row in rows if row.run.label not in MAIN]
     table = _table(header, [_filled(row) for row in main])
     behind = [_table(header, [_filled(row) for row in controls])] if controls else []
     title = f"{len(controls)} controls, and what made the runs" if controls else "What made the runs"

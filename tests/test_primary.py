@@ -74,6 +74,7 @@ def test_committed_files_are_of_the_protocol():
             finished(result_path(folder, label, seed), job.run().experiment)
             assert seed != tune.SEED, "no result uses the tuning seed"
     queued = {name for _, methods, _ in evidence.QUEUE for name in methods}
+    assert {label for place in primary.WORLDS for label in primary.read(primary.RESULTS / place)} <= queued
     asked = {name for asked in (primary.QUESTIONS, primary.AGAIN) for _, *pair in asked.values() for name in pair}
     assert asked <= queued <= primary.NAMES.keys()
 
@@ -88,3 +89,17 @@ def test_the_first_page_says_what_the_files_say():
     alone, full = ([mean(row, group) for group in ("head", "tail")] for row in ("fedavg", "mllm_llava_fl_100"))
     assert f"averaging alone gets {alone[1]} % of their pictures right, and all three stages get {full[1]} %" in page
     assert f"they fall from {alone[0]} to {full[0]} %" in page
+
+
+def test_a_difference_of_a_group_pairs_seeds_not_places(world):
+    for seed, value in ((1, 0.2), (2, 0.5)):
+        world[1]("fedyoyo", seed, value)
+    rows = primary.read(world[0] / "laptop/tuned/cifar10_mini_lt_if10_long")
+    assert primary.shared_seeds(rows, "stage3", "fedyoyo") == [0, 1, 2]
+    for seed, value in enumerate((0.1, 0.2, 0.4)):
+        rows["stage3"][seed]["summary"]["groups"]["tail"] = value
+    for group, ours in ((None, (0.40, 0.42, 0.41)), ("tail", (0.1, 0.2, 0.4))):
+        expected = np.mean(np.subtract(ours, (0.3, 0.2, 0.5)))
+        assert primary.difference(rows, "stage3", "fedyoyo", group).mean == pytest.approx(expected)
+    with pytest.raises(ValueError, match="each seed needs a figure"):
+        primary.difference(rows, "stage3", "creff")

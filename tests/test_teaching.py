@@ -14,6 +14,7 @@ from scipy import stats
 
 from mllmfl_lite.teaching import plotting
 from mllmfl_lite.teaching.compare import (
+    Difference,
     find_upwards,
     group_by_label,
     mean_and_spread,
@@ -154,6 +155,7 @@ def test_a_paired_difference_by_hand():
     assert found[:3] == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
     assert found.verdict == "within chance" and found.p == pytest.approx(stats.ttest_rel([2, 4, 6], [1, 2, 3]).pvalue)
     assert paired_difference([1.5, 2.0, 2.5], [0, 0, 0]).verdict == "beyond chance"
+    assert Difference(0.015, 0.006, -0.0234, 0.1).points == "+1.5 (+0.6\u00a0to\u00a0-2.3)"
 
 
 def test_paired_differences_without_spread():

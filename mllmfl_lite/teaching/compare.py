@@ -14,8 +14,7 @@ from mllmfl_lite.repro import ASSETS
 
 def find_upwards(name: str) -> Path:
     """Find the nearest folder of that name, here or above; a `ValueError` says that there is none."""
-    here = Path.cwd()
-    for place in (here, *here.parents):
+    for place in ((here := Path.cwd()), *here.parents):
         if (place / name).is_dir():
             return place / name
     raise ValueError(f"there is no folder {name!r} in {here} or above it; start in the project's folder")
@@ -52,6 +51,11 @@ class Difference(NamedTuple):
         """``"beyond chance"`` if p is below 0.05, else ``"within chance"``."""
         return "beyond chance" if self.p < 0.05 else "within chance"
 
+    @property
+    def points(self) -> str:
+        """The difference of two shares in points, with its interval: ``"+1.5 (+0.6 to +2.3)"``."""
+        return "{:+.1f} ({:+.1f}\u00a0to\u00a0{:+.1f})".format(*(100 * value for value in self[:3]))
+
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Compare two methods seed by seed; unequal numbers of figures, or none, are a `ValueError`."""
@@ -64,16 +68,14 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
     if np.ptp(gains) == 0:
         return Difference(mean, mean, mean, float(mean == 0))
     test = stats.ttest_1samp(gains, 0.0)
-    low, high = test.confidence_interval(0.95)
-    return Difference(mean, float(low), float(high), float(test.pvalue))
+    return Difference(mean, *map(float, (*test.confidence_interval(0.95), test.pvalue)))
 
 
 def seeds_needed(points: float, variance: float, power: float = 0.8, paired: bool = False) -> int:
     """Seeds that each of two methods needs until a two-sided t-test at 5 % finds their difference, with its sign.
 
     `power` is the probability of finding a difference of so many points. `variance` is that of the paired differences,
-    or else the sum of the methods' variances, which are taken to be alike. 10,000 stands for more as well. Exact for
-    normal figures (noncentral t; Cohen, 1988).
+    or the sum of two that are alike. 10,000 stands for more. Exact for normal figures (noncentral t; Cohen, 1988).
     """
     if not (points and 0 < power < 1 and variance >= 0):
         raise ValueError(f"points must not be 0, power in (0, 1), variance >= 0; got {points}, {power}, {variance}")

@@ -22,8 +22,7 @@ def check(answer: object, is_right: Callable[[object], bool], hint: str) -> str:
 def check_parameters(values: dict, **allowed: tuple | list | set) -> None:
     """Refuse a chapter's parameters in one sentence.
 
-    A rule is a set of choices, or lowest and highest number: a tuple for a number, a list for a list of them. Whole
-    bounds ask for whole numbers.
+    A rule is a set of choices, or two bounds: a tuple for a number, a list for a list. Whole bounds ask for whole ones.
     """
     for name, rule in allowed.items():
         value, many = values[name], isinstance(rule, list)
@@ -33,9 +32,8 @@ def check_parameters(values: dict, **allowed: tuple | list | set) -> None:
             (low, high), kinds = rule, (int,) if isinstance(rule[0], int) else (int, float)
             numbers = value if many and isinstance(value, list) else [value]
             fits = isinstance(value, list) == many and all(type(n) in kinds and low <= n <= high for n in numbers)
-            words = (
-                f"{'a list of' if many else 'a'}{' whole' * (len(kinds) == 1)} number{'s' * many} from {low} to {high}"
-            )
+            number = f"{' whole' * (len(kinds) == 1)} number{'s' * many}"
+            words = f"{'a list of' if many else 'a'}{number} from {low} to {high}"
         if not fits or value == []:
             raise ValueError(f"{name} must be {words}; got {value!r}")
 
