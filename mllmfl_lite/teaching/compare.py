@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
     @property
     def points(self) -> str:
-        """The difference of two shares in points, with its interval: ``"+1.5 (+0.6 to +2.3)"``."""
+        """A difference of two shares in points with its interval, such as ``"+1.5 (+0.6 to +2.3)"``."""
         return "{:+.1f} ({:+.1f}\u00a0to\u00a0{:+.1f})".format(*(100 * value for value in self[:3]))
 
 
