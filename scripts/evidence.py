@@ -33,6 +33,7 @@ ANCHORS = {  # references with the settings of another row, without trials of th
     "stage3_longer": "stage3",
 }  # fmt: skip
 SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md, and a control
+AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "server_only_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
     (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
@@ -44,9 +45,9 @@ QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "server_only_ce", *WITH_STAGE_1[2:]], range(3)),
-    (MEDIUM, ["fedavg", *PRIMARY, *OTHERS[1:5]], range(3)),
-    (MEDIUM, PRIMARY, range(3, 5)),
-    (MEDIUM, [*OTHERS[5:], "server_only_ce"], range(3)),
+    (MEDIUM, ["fedavg", *AT_MEDIUM, *OTHERS[1:5]], range(3)),
+    (MEDIUM, ["fedavg", *AT_MEDIUM], range(3, 5)),
+    (MEDIUM, OTHERS[5:], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], [5, 6, 8, 9, 10]),  # the trials have seed 7
 ]
 

@@ -53,7 +53,7 @@ METHODS = {
     "fedavgm": ({"method": "fedavgm"}, TWO | {"method_options": [{"momentum": m} for m in (0.5, 0.7, 0.9)]}),
     "creff": ({"method": "creff"}, TWO | {"method_options": [{"head_lr": r} for r in (0.01, 0.03, 0.1)]}),
     "clip2fl": ({"method": "clip2fl"}, TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]}),
-    "fednpc": ({"method": "fednpc"}, SOME | {"method_options": [{"steps": 27}, {"steps": 100}]}),
+    "fednpc": ({"method": "fednpc"}, {"method_options": [{"steps": n} for n in (2, 4, 7, 10, 14, 27)]}),
     "feddf": ({"method": "feddf"}, TWO | {"method_options": [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]}),
     "stage3": ({"stages": [2, 3]}, STAGE_3),
     "stage3_ce": ({"stages": [2, 3]}, CE_ALONE),
@@ -71,6 +71,7 @@ AGAIN = (
 METHODS |= {f"{m}_100": (METHODS[m][0], CE_TO_ITS_END if m.endswith("_ce") else TO_ITS_END) for m in AGAIN}
 # A method that goes on from another one's rounds takes that one's step size: its own six trials are stage 3's.
 ROUNDS_OF = {
+    "fednpc": "fedavg",
     "stage3": "fedavg", "stage3_ce": "fedavg", "mllm_llava_fl": "stage1", "mllm_llava_fl_ce": "stage1",
     "fedyoyo_stage3": "fedyoyo", "fedyoyo_all_three": "fedyoyo",
 }  # fmt: skip
