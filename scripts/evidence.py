@@ -26,7 +26,6 @@ from mllmfl_lite.runs.run import run_experiment
 
 LAPTOP, MEDIUM = "laptop/cifar10_mini_lt_if10_long", "medium/cifar10_lt_if100_clean"
 PRIMARY = ["stage3", "stage3_ce", "server_only", "fedyoyo", "fedyoyo_stage3"]
-WITH_STAGE_1 = ["stage1", "mllm_llava_fl", "mllm_llava_fl_ce", "fedyoyo_all_three"]
 OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
 ANCHORS = {  # references with the settings of another row, without trials of their own
     "balanced_iid": "fedavg", "one_place": "fedavg", "server_only_longer": "server_only",
@@ -36,15 +35,15 @@ SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/P
 AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "server_only_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
-    (LAPTOP, WITH_STAGE_1[:2], range(3)),  # weights of stage 1 have three seeds
+    (LAPTOP, ["stage1", "mllm_llava_fl"], range(3)),  # weights of stage 1 have three seeds
     (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
     (LAPTOP, ["server_only_longer", "stage3_longer"], range(5)),
     (LAPTOP, SECOND[:3], range(5)),
-    (LAPTOP, SECOND[3:6], range(3)),
-    (LAPTOP, SECOND[6:], range(5)),
+    (LAPTOP, SECOND[3:7], range(3)),
+    (LAPTOP, SECOND[7:], range(5)),
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
-    (LAPTOP, [*OTHERS[5:], "server_only_ce", *WITH_STAGE_1[2:]], range(3)),
+    (LAPTOP, OTHERS[5:], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM, *OTHERS[1:5]], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM], range(3, 5)),
     (MEDIUM, OTHERS[5:], range(3)),

@@ -66,7 +66,8 @@ METHODS = {
     "fedyoyo_all_three": ({"method": "fedyoyo", "stages": [1, 2, 3]}, STAGE_3),
 }
 AGAIN = (
-    "stage3", "stage3_ce", "server_only", "mllm_llava_fl", "fedyoyo_stage3", "fedyoyo_all_three", "server_only_ce",
+    "stage3", "stage3_ce", "server_only", "mllm_llava_fl", "fedyoyo_stage3", "fedyoyo_all_three",
+    "mllm_llava_fl_ce", "server_only_ce",
 )  # fmt: skip
 METHODS |= {f"{m}_100": (METHODS[m][0], CE_TO_ITS_END if m.endswith("_ce") else TO_ITS_END) for m in AGAIN}
 # A method that goes on from another one's rounds takes that one's step size: its own six trials are stage 3's.
