@@ -43,7 +43,7 @@ QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, SECOND[7:], range(5)),
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
-    (LAPTOP, OTHERS[5:], range(3)),
+    (LAPTOP, [*OTHERS[5:], "fedyoyo_all_three"], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM, *OTHERS[1:5]], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM], range(3, 5)),
     (MEDIUM, OTHERS[5:], range(3)),
