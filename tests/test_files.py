@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def here(made, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ lists and sets
+
+
+def test_the_pages_recipe_lists_labelled_pictures_of_ones_own(tmp_path, monkeypatch):
+    for c, name in enumerate(("red fox", "owl")):
+        (tmp_path / "imagenet" / name).mkdir(parents=True)
+        for i in range(23 + c):
+            picture(c, i).save(tmp_path / "imagenet" / name / f"of {i}.jpg", "JPEG")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    page = (Path(__file__).parents[1] / "book" / "operations.md").read_text(encoding="utf-8")
+    exec(page.split("### Your own labelled pictures")[1].split("```python\n")[1].split("```")[0], {})
+    train, test = (load_images("imagenet_lt", part, 32) for part in ("train", "test"))
+    assert train.names == ("owl", "red fox") and train.class_counts().tolist() == [4, 3]
+    assert test.class_counts().tolist() == [20, 20]
+    assert not {*train.ids} & {*test.ids} and len({*train.ids, *test.ids}) == 47
 
 
 def test_the_set_is_what_the_list_says(here):
