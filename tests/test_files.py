@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -18,6 +19,7 @@ from mllmfl_lite.data.images import UNLABELLED, ImageFiles, ImageSet
 from mllmfl_lite.federated import FedSettings
 from mllmfl_lite.repro import torch_generator
 from mllmfl_lite.runs import Experiment, load_federation, load_pool, run_experiment
+from mllmfl_lite.runs.config import experiment_of
 from mllmfl_lite.stages.align import AlignSettings
 
 CLASSES = 30
@@ -67,11 +69,17 @@ def test_the_pages_recipe_lists_labelled_pictures_of_ones_own(tmp_path, monkeypa
             picture(c, i).save(tmp_path / "imagenet" / name / f"of {i}.jpg", "JPEG")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     page = (Path(__file__).parents[1] / "book" / "operations.md").read_text(encoding="utf-8")
-    exec(page.split("### Your own labelled pictures")[1].split("```python\n")[1].split("```")[0], {})
+    recipe = page.split("### Your own labelled pictures")[1]
+    exec(recipe.split("```python\n")[1].split("```")[0], {})
+    assert experiment_of(yaml.safe_load(recipe.split("```yaml\n")[1].split("```")[0])).dataset == "imagenet_lt"
     train, test = (load_images("imagenet_lt", part, 32) for part in ("train", "test"))
     assert train.names == ("owl", "red fox") and train.class_counts().tolist() == [4, 3]
     assert test.class_counts().tolist() == [20, 20]
     assert not {*train.ids} & {*test.ids} and len({*train.ids, *test.ids}) == 47
+    for i in range(4):
+        (tmp_path / "imagenet" / "owl" / f"of {i}.jpg").unlink()
+    with pytest.raises(AssertionError, match="owl has 20 pictures; more than 20 are needed"):
+        exec(recipe.split("```python\n")[1].split("```")[0], {})
 
 
 def test_the_set_is_what_the_list_says(here):
