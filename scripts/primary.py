@@ -111,7 +111,7 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
             now = {name: of for name, of in rows.items() if name not in before} if repeated else rows
             questions = AGAIN if repeated else QUESTIONS
             yield from (f"### {title}", "", *table_of_answers(rows, questions), "", *table_of_rows(now), "")
-            if repeated:
+            if repeated and before:
                 first = [*table_of_answers(rows), "", *table_of_rows(before)]
                 yield from folded("The first series, with 20 epochs of stage 3", first)
 

@@ -72,12 +72,15 @@ can be small by luck. Holm's correction (1979) makes each p larger to allow for 
 as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are left. `python
 scripts/primary.py` prints these tables.
 
-There are two series. In the first one, stage 3 had 20 epochs. It had two faults. The row without clients was still
-improving when it stopped. And the best settings with KL were the smallest that we had tried. So we planned a second
-series before we ran it: 100 epochs of stage 3, and six new trials for each row. (The protocol calls a series a
-round.) In it, the clients add 1.5 points, not 11.9. Where the two differ, the second is the better one. But it was
-planned after the first one's numbers, and its best settings with KL are again the largest that we tried. Two rows
-"five times as long" have 100 epochs, and the settings of the first series.
+There are two series. (The protocol calls a series a round.)
+
+- **The first** had 20 epochs of stage 3. The row without clients was still improving when it stopped. And the best
+  settings with KL were at the edge of what we had tried. In it the clients seem to add 11.9 points.
+- **The second** has 100 epochs and six new trials for each row. In it they add 1.5 points. It is the better one. But we
+  planned it after we had seen the first one's numbers. And again the best settings with KL are at an edge.
+
+The protocol promises ten seeds, and the same questions in a larger world. Three to five seeds are done. FedYoYo is what the
+protocol calls the best client. Two rows "five times as long" have 100 epochs, and the settings of the first series.
 
 """
 OLDER = """All tables below were made before the protocol was written. So they are exploratory.
