@@ -29,7 +29,7 @@ PRIMARY = ["stage3", "stage3_ce", "server_only", "fedyoyo", "fedyoyo_stage3"]
 OTHERS = ["fedavg", "fedavg_strong", "balanced_softmax", "creff", "clip2fl", "feddf", "fednpc", "fedprox", "fedavgm"]
 ANCHORS = {  # references with the settings of another row, without trials of their own
     "balanced_iid": "fedavg", "one_place": "fedavg", "server_only_longer": "server_only",
-    "stage3_longer": "stage3",
+    "stage3_longer": "stage3", "server_only_ce_300": "server_only_ce_100", "stage3_ce_300": "stage3_ce_100",
 }  # fmt: skip
 SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md, and a control
 AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "server_only_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
@@ -40,7 +40,7 @@ QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["server_only_longer", "stage3_longer"], range(5)),
     (LAPTOP, SECOND[:3], range(5)),
     (LAPTOP, SECOND[3:7], range(3)),
-    (LAPTOP, SECOND[7:], range(5)),
+    (LAPTOP, [*SECOND[7:], "server_only_ce_300", "stage3_ce_300"], range(5)),
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "fedyoyo_all_three"], range(3)),

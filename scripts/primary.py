@@ -43,6 +43,7 @@ AGAIN = {name: (text, f"{row}_100", minus if minus == "fedyoyo" else f"{minus}_1
          for name, (text, row, minus) in QUESTIONS.items()}  # fmt: skip
 NAMES |= {row: f"{NAMES[row[:-4]]} (100 epochs)" for pair in AGAIN.values() for row in pair[1:] if row not in NAMES}
 NAMES |= {f"{row}_100": f"{NAMES[row]} (100 epochs)" for row in ("server_only_ce", "mllm_llava_fl_ce")}
+NAMES |= {f"{row}_300": f"{NAMES[row]} (300 epochs)" for row in ("server_only_ce", "stage3_ce")}
 
 FIRST = {row for _, *pair in QUESTIONS.values() for row in pair} - {row for _, *pair in AGAIN.values() for row in pair}
 FIRST |= {f"{row}_longer" for row in FIRST} | {f"{row}_ce" for row in FIRST}
