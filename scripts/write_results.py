@@ -79,7 +79,7 @@ There are two series. (The protocol calls a series a round.)
 - **The second** has 100 epochs and six new trials for each row. In it they add 1.5 points. It is the better one. But we
   planned it after we had seen the first one's numbers. And again the best settings with KL are at an edge.
 
-The protocol promises ten seeds, and the same questions in a larger world. Three to five seeds are done. FedYoYo is what the
+The protocol promises ten seeds, and a larger world. Three to five seeds are done. FedYoYo is what the
 protocol calls the best client. Two rows "five times as long" have 100 epochs, and the settings of the first series.
 
 """
