@@ -82,13 +82,18 @@ def test_committed_files_are_of_the_protocol():
 def test_the_first_page_says_what_the_files_say():
     rows = primary.read(primary.RESULTS / "laptop/tuned/cifar10_mini_lt_if10_long")
 
+    both = primary.shared_seeds(rows, "fedavg", "mllm_llava_fl_100")
+
     def mean(row, group):
-        return round(100 * np.mean([run["summary"]["groups"][group] for run in rows[row].values()]))
+        return round(100 * np.mean([rows[row][seed]["summary"]["groups"][group] for seed in both]))
 
     page = " ".join((primary.RESULTS.parent / "book" / "intro.md").read_text(encoding="utf-8").split())
     alone, full = ([mean(row, group) for group in ("head", "tail")] for row in ("fedavg", "mllm_llava_fl_100"))
     assert f"averaging alone gets {alone[1]} % of their pictures right, and all three stages get {full[1]} %" in page
     assert f"they fall from {alone[0]} to {full[0]} %" in page
+    for end in ("", "_ce"):
+        found = primary.difference(rows, f"stage3{end}_100", f"server_only{end}_100")
+        assert 0.01 < found.mean < 0.03 and found.low > 0, "only one to three percentage points below"
 
 
 def test_a_difference_of_a_group_pairs_seeds_not_places(world):
