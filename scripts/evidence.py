@@ -32,10 +32,11 @@ ANCHORS = {  # references with the settings of another row, without trials of th
     "stage3_longer": "stage3", "server_only_ce_300": "server_only_ce_100", "stage3_ce_300": "stage3_ce_100",
 }  # fmt: skip
 SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md, and a control
-AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "server_only_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
+AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
+FROM_WORDS = ["stage1", "mllm_llava_fl_100", "fedyoyo_all_three_100"]  # weights of stage 1 have three seeds
 QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, ["fedavg", *PRIMARY], range(3)),
-    (LAPTOP, ["stage1", "mllm_llava_fl"], range(3)),  # weights of stage 1 have three seeds
+    (LAPTOP, ["stage1", "mllm_llava_fl"], range(3)),
     (LAPTOP, ["fedavg", "stage3", "stage3_ce", "server_only"], range(3, 5)),
     (LAPTOP, ["server_only_longer", "stage3_longer"], range(5)),
     (LAPTOP, SECOND[:3], range(5)),
@@ -44,7 +45,7 @@ QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "fedyoyo_all_three"], range(3)),
-    (MEDIUM, ["fedavg", *AT_MEDIUM, *OTHERS[1:5]], range(3)),
+    (MEDIUM, ["fedavg", *AT_MEDIUM, *FROM_WORDS, "server_only_ce_100", *OTHERS[1:5]], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM], range(3, 5)),
     (MEDIUM, OTHERS[5:], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], [5, 6, 8, 9, 10]),  # the trials have seed 7
