@@ -42,8 +42,8 @@ NAMES = {
 AGAIN = {name: (text, f"{row}_100", minus if minus == "fedyoyo" else f"{minus}_100")
          for name, (text, row, minus) in QUESTIONS.items()}  # fmt: skip
 NAMES |= {row: f"{NAMES[row[:-4]]} (100 epochs)" for pair in AGAIN.values() for row in pair[1:] if row not in NAMES}
-NAMES |= {f"{row}_100": f"{NAMES[row]} (100 epochs)" for row in ("server_only_ce", "mllm_llava_fl_ce")}
-NAMES |= {f"{row}_300": f"{NAMES[row]} (300 epochs)" for row in ("server_only_ce", "stage3_ce")}
+LONGER = [("server_only_ce", 100), ("mllm_llava_fl_ce", 100), ("server_only_ce", 300), ("stage3_ce", 300)]
+NAMES |= {f"{row}_{epochs}": f"{NAMES[row]} ({epochs} epochs)" for row, epochs in LONGER}
 
 FIRST = {row for _, *pair in QUESTIONS.values() for row in pair} - {row for _, *pair in AGAIN.values() for row in pair}
 FIRST |= {f"{row}_longer" for row in FIRST} | {f"{row}_ce" for row in FIRST}
