@@ -60,10 +60,11 @@ def test_trials_and_runs_have_the_benchmarks_settings_and_the_rounds_best_ones(q
     """Whatever a method's own file and its trials change, a block keeps what they do not name."""
     tried, world = [], queue / "laptop/world.yaml"
     monkeypatch.setattr(tune, "trial", lambda of, *more: (tried.append(of), of.federated.lr + of.align.lr)[1])
-    for name in ("fedavg", "stage3", "feddf"):
+    for name in ("fedavg", "stage3", "feddf", "fednpc"):
         tune.tune(world, name)
-    assert len(tried) == 18 and {(of.federated.rounds, of.federated.local_epochs) for of in tried} == {(1, 1)}
+    assert len(tried) == 24 and {(of.federated.rounds, of.federated.local_epochs) for of in tried} == {(1, 1)}
     assert {of.federated.lr for of in tried[6:12]} == {0.5}, "stage 3 goes on from the best rounds"
+    assert {of.federated.lr for of in tried[18:]} == {0.5}, "so does FedNPC"
     for name, of in (("fedavg", tried[5]), ("stage3", tried[10]), ("feddf", tried[15])):
         (run,) = read_runs([world], [tune.tuned_file(world, name)], [tune.SEED])
         assert run.experiment == of

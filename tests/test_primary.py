@@ -45,6 +45,7 @@ def test_a_difference_is_over_seeds_that_both_rows_have(world):
     assert found.found.mean == pytest.approx(0.04) and found.p == pytest.approx(min(5 * p, 1))
     lines = "\n".join(primary.tables(world[0]))
     assert "| FedYoYo | 1 | 30.0 | 30.0 |" in lines and "| 3 | +4.0 (" in lines and "Medium" not in lines
+    assert "| stages 2 and 3 | 4 |" in lines and "The first series" not in lines, "nothing was asked again yet"
 
 
 def test_the_second_series_asks_the_same_of_longer_rows(world):
@@ -56,6 +57,11 @@ def test_the_second_series_asks_the_same_of_longer_rows(world):
     assert primary.primary(rows, primary.AGAIN)["Q5"].found.mean == pytest.approx(0.02)
     assert primary.AGAIN["Q2"][1:] == ("fedyoyo_stage3_100", "fedyoyo")
     assert "The first series" in "\n".join(primary.tables(world[0]))
+    for row in primary.FIRST:
+        for file in (world[0] / "laptop/tuned/cifar10_mini_lt_if10_long").glob(f"{row}_seed*.json"):
+            file.unlink()
+    alone = "\n".join(primary.tables(world[0]))
+    assert "stages 2 and 3 (100 epochs)" in alone and "The first series" not in alone, "a world may have the second only"
 
 
 def test_a_row_whose_sets_share_images_is_refused(world):
