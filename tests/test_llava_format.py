@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllmfl_lite.stages.llava_format import check_llava, from_llava, to_llava
+from mllmfl_lite.stages.llava_format import check_llava, to_llava
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.prompts import KINDS, load_prompts
 
@@ -172,24 +172,3 @@ def test_entries_of_llavas_published_files_pass():
     inside = GOOD | {"conversations": turns(("human", "Is <image> a cat?"), ("gpt", "Yes.")), "extra": [1]}
     system = GOOD | {"conversations": turns(("system", "Be kind."), ("human", "<image>\nWhat?"), ("gpt", "A cat."))}
     assert check_llava([GOOD, GOOD, end, inside, system]) == []
-
-
-def test_llavas_published_files_are_read_and_entries_without_an_image_counted(tmp_path):
-    words_only = {"id": "t", "conversations": turns(("human", "Hi"), ("gpt", "Hi"), ("human", "?"))}
-    numeric = {**GOOD, "id": 33471, "image": 33471}
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([GOOD, words_only, numeric, GOOD, words_only | {"image": None}]), "utf-8-sig")
-    entries, without = from_llava(path)
-    assert without == 2 and entries == [GOOD, {**GOOD, "id": "33471", "image": "33471"}, GOOD]
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    (b"{", "cannot be read as JSON"), (b'{"a": 1}', "one JSON list"), (b"[1]", "1 entries break"), (b"\xff", "as JSON"),
-    (b"[" * 100_000, "cannot be read as JSON"), (b"", "as JSON"), (b"null", "one JSON list"),
-])  # fmt: skip
-def test_what_is_no_llava_file_is_refused(tmp_path, content, message):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        from_llava(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="cannot be read"):
-        from_llava(tmp_path)

@@ -61,7 +61,7 @@ def test_the_second_series_asks_the_same_of_longer_rows(world):
         for file in (world[0] / "laptop/tuned/cifar10_mini_lt_if10_long").glob(f"{row}_seed*.json"):
             file.unlink()
     alone = "\n".join(primary.tables(world[0]))
-    assert "stages 2 and 3 (100 epochs)" in alone and "The first series" not in alone, "a world may have the second only"
+    assert "stages 2 and 3 (100 epochs)" in alone and "The first series" not in alone, "the second alone"
 
 
 def test_a_row_whose_sets_share_images_is_refused(world):

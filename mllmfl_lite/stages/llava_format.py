@@ -1,9 +1,7 @@
 """LLaVA's own data format: ``[{"id", "image", "conversations": [{"from", "value"}, ...]}, ...]``."""
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from mllmfl_lite.stages.records import Record
 from mllmfl_lite.teachers.prompts import load_prompts
@@ -116,22 +114,3 @@ def _problem(entry: object, known: set[str] | None) -> str:
 
 def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-
-
-def from_llava(path: str | Path) -> tuple[list[dict], int]:
-    """Read a file in LLaVA's format: entries with an image, ids and names as text; and how many entries have no image.
-
-    Raises:
-        ValueError: it is no JSON list, or entries break the format (the first five are named).
-    """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); give a file in LLaVA's format") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold one JSON list of entries; it holds a {type(entries).__name__}")
-    pictured = [entry for entry in entries if not isinstance(entry, dict) or entry.get("image") not in (None, "")]
-    if problems := check_llava(pictured):
-        raise ValueError(f"{path}: {len(problems)} entries break LLaVA's format; {'; '.join(problems[:5])}")
-    read = [{**entry, "id": str(entry.get("id", "")), "image": str(entry["image"])} for entry in pictured]
-    return read, len(entries) - len(pictured)
