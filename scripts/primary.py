@@ -56,6 +56,11 @@ class Primary(NamedTuple):
     found: Difference
     p: float
 
+    @property
+    def chance(self) -> str:
+        """The p-value in words; none is printed as zero."""
+        return f"{self.p:.3f}" if self.p >= 0.001 else "under 0.001"
+
 
 def holm(p_values: list[float]) -> list[float]:
     """Adjust p-values for several questions at once (S. Holm, 1979)."""
@@ -132,7 +137,7 @@ def table_of_rows(rows: dict[str, dict[int, dict]]) -> Iterator[str]:
 def table_of_answers(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> Iterator[str]:
     """The difference of each question that has two seeds or more."""
     yield from ("| question | seeds | points (95 %) | p, corrected | answer |", "|---" * 5 + "|")
-    yield from (answer(name, *found) for name, found in primary(rows, questions).items())
+    yield from (answer(name, asked) for name, asked in primary(rows, questions).items())
 
 
 def row(name: str, results: list[dict]) -> str:
@@ -143,10 +148,10 @@ def row(name: str, results: list[dict]) -> str:
     return f"| {name} | {len(results)} | {' | '.join(cells)} |"
 
 
-def answer(name: str, seeds: list[int], found: Difference, p: float) -> str:
+def answer(name: str, asked: Primary) -> str:
     """A question's line."""
-    verdict = "not shown" if p >= 0.05 else "yes" if found.mean > 0 else "no: it costs points"
-    return f"| {QUESTIONS[name][0]} | {len(seeds)} | {found.points} | {p:.3f} | {verdict} |"
+    verdict = "not shown" if asked.p >= 0.05 else "yes" if asked.found.mean > 0 else "no: it costs points"
+    return f"| {QUESTIONS[name][0]} | {len(asked.seeds)} | {asked.found.points} | {asked.chance} | {verdict} |"
 
 
 if __name__ == "__main__":

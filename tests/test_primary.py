@@ -17,6 +17,11 @@ def test_holms_correction_by_hand():
     assert primary.holm([0.6, 0.7]) == [1.0, 1.0] and primary.holm([0.01]) == [0.01]
 
 
+def test_no_p_value_is_printed_as_zero():
+    printed = [primary.Primary([], None, p).chance for p in (0.0132, 0.001, 0.00003)]
+    assert printed == ["0.013", "0.001", "under 0.001"]
+
+
 @pytest.fixture
 def world(tmp_path):
     def write(label, seed, top1, overlap=0):
@@ -97,6 +102,10 @@ def test_the_first_page_says_what_the_files_say():
     alone, full = ([mean(row, group) for group in ("head", "tail")] for row in ("fedavg", "mllm_llava_fl_100"))
     assert f"averaging alone gets {alone[1]} % of their pictures right, and all three stages get {full[1]} %" in page
     assert f"they fall from {alone[0]} to {full[0]} %" in page
+    larger = primary.read(primary.RESULTS / "medium/tuned/cifar10_lt_if100_clean")
+    early = primary.difference(larger, "stage1", "fedavg")
+    assert "the words helped averaging alone by four points" in page and early.low > 0
+    assert round(100 * early.mean) == 4
     for end in ("", "_ce"):
         found = primary.difference(rows, f"stage3{end}_100", f"server_only{end}_100")
         assert 0.01 < found.mean < 0.03 and found.low > 0, "only one to three percentage points below"
