@@ -60,7 +60,8 @@ How to read a table:
 - **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
   and other work ran at the same time.
 - **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So `make
-  paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs the first row of the first table.
+  paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs
+  FedAvg's row of "On the laptop: clean".
 
 """
 PLANNED = """## The five questions of the protocol
