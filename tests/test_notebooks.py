@@ -71,6 +71,19 @@ def test_the_parameters_are_checked_before_they_are_used(name):
 
 
 @every_chapter
+def test_every_parameter_is_read(name):
+    """By more than its check, and more than the question whether a run is the text's own."""
+    read = set()
+    for cell in code_cells(name)[1:]:
+        for statement in ast.parse(cell.source).body:
+            nodes, source = list(ast.walk(statement)), ast.unparse(statement)
+            checks = source.startswith(("check_parameters(", "as_in_the_text ="))
+            if not checks and not any(isinstance(node, ast.Assert) for node in nodes):
+                read |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert set(parameters(name)) <= read
+
+
+@every_chapter
 def test_one_torch_thread(name):
     """Work above torch is spread over workers; several threads of torch's own wait for a busy neighbour."""
     source = "\n".join(cell.source for cell in code_cells(name))

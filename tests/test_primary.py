@@ -84,6 +84,8 @@ def test_committed_files_are_of_the_protocol():
             job = evidence.Job(evidence.RUNS / scale / f"{benchmark}.yaml", label, seed)
             finished(result_path(folder, label, seed), job.run().experiment)
             assert seed != tune.SEED, "no result uses the tuning seed"
+        queued = {name for at, methods, _ in evidence.QUEUE if at == f"{scale}/{benchmark}" for name in methods}
+        assert rows.keys() <= queued, place
     queued = {name for _, methods, _ in evidence.QUEUE for name in methods}
     assert {label for place in primary.WORLDS for label in primary.read(primary.RESULTS / place)} <= queued
     asked = {name for asked in (primary.QUESTIONS, primary.AGAIN) for _, *pair in asked.values() for name in pair}
