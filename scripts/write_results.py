@@ -33,9 +33,10 @@ ORDER = ("fedavg", "fedprox", "fedavgm", "creff", "clip2fl", "mllm_llava_fl", "m
          "stage3_ce")  # fmt: skip
 MAIN = {*ORDER[:6], "stage3", "server_only"}  # a benchmark's first rows; its other rows are behind a click
 PROTOCOL = {
-    "dataset": "data", "num_clients": "clients", "federated.clients_per_round": "a round", "federated.rounds": "rounds",
-    "federated.local_epochs": "local epochs", "model": "model", "width": "width", "federated.precision": "precision",
-    "mllm": "MLLM", "clip": "CLIP", "pool": "open images", "pool_images": "how many (0: all)",
+    "dataset": "data", "imbalance_factor": "imbalance factor", "num_clients": "clients",
+    "federated.clients_per_round": "clients in a round", "federated.rounds": "rounds",
+    "federated.local_epochs": "local epochs", "width": "width of ResNet-8", "federated.precision": "precision",
+    "clip": "CLIP", "pool": "open images",
 }  # fmt: skip
 
 INTRODUCTION = """# Results
@@ -45,33 +46,29 @@ head pays. The clients add only a few points to a server that trains long enough
 been made, and none with a real LLaVA.** Trust the five questions most: their rules were written first. [Chapter
 6](../notebooks/06_three_stages_together.ipynb) reads these tables.
 
-This page shows every figure that a run from a file has produced. First come the runs that were made, then what others
-report, then what was not run, with its price. Controls are behind a click. `make results` writes the page from the
-files in `results/`. A test compares the two.
+This page shows the numbers of all runs that were started from a settings file. Tables of a single chapter stand in that
+chapter. First come the five questions, then older runs, then what others report, then what was not run, with its price.
+Most controls are behind a click. `make results` writes the page from the files in `results/`. A test compares the two.
 
 How to read a table:
 
 - **all** is the accuracy (top-1) on the whole test set, in per cent. **head** is the third of the classes with the
   most training images, **tail** the third with the fewest, **middle** what lies between. Of ten classes, the head
   has four.
-- A figure is the mean over seeds. After "±" stands the standard deviation over seeds.
+- A number is the mean over seeds. After "±" stands the standard deviation over seeds.
 - A run without stage 3 reports the mean of its last ten tests. A run of 20 rounds reports its last five. A run with
   stage 3 reports the aligned model.
-- **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
-  and other work ran at the same time.
-- **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So `make
-  paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg` runs
-  FedAvg's row of "On the laptop: clean".
 
 """
 PLANNED = """## The five questions of the protocol
 
 `results/PROTOCOL.md` was written before these runs. It has the five questions, the settings and the rules. Each row
-had six trials on held-out training images. "Points" is the difference of two rows, with its 95 % interval. *p* says
-how often chance alone would give a difference of at least this size, if there were none. With five questions, one p
-can be small by luck. Holm's correction (1979) makes each p larger to allow for this. A question without runs counts
-as p = 1. "Not shown" does not mean "no effect". `make evidence` goes on with the runs that are left. `python
-scripts/primary.py` prints these tables.
+had six trials on held-out training images. "Points" is the difference of the two compared rows, with its 95 % interval.
+Only seeds that both rows have are used. So points can differ a little from a subtraction in the table below.
+
+Suppose two rows were really equally good. Then *p* says how often chance alone would give a difference of this size or
+more. With five questions, one p can be small by luck. Holm's correction (1979) makes each p larger to allow for this. A
+question without runs counts as p = 1. "Not shown" does not mean "no effect".
 
 There are two series. (The protocol calls a series a round.)
 
@@ -81,18 +78,25 @@ There are two series. (The protocol calls a series a round.)
   we planned it after we had seen the first one's numbers: corrected over both series, p for the clients is 0.08. And
   again the best settings with KL are at an edge.
 
-The protocol promises ten seeds, and a larger world. Three to five seeds are done. FedYoYo is what the
-protocol calls the best client. Two rows "five times as long" have 100 epochs, and the settings of the first series.
+The protocol promises ten seeds on the laptop. Three to five are done. Where it says "the best client", it means
+FedYoYo. `make evidence` goes on with the runs that are left. `python scripts/primary.py` prints these tables.
 
 """
-OLDER = """All tables below were made before the protocol was written. So they are exploratory.
+OLDER = """## Older runs
+
+The tables from here to "What others report" were made before the protocol was written. So they are exploratory.
+
+- **time** is the mean time of the rounds of one seed. Stages 1 and 3 are not in it. Each run had one of two cores,
+  and other work ran at the same time.
+- **run** names a file in `notebooks/runs/methods`. The code in a heading names a file in `notebooks/runs`. So this
+  command makes the first row of the next table again: `make paper SCALE=laptop RUN=cifar10_mini_lt_if100/fedavg`.
 
 """
 WORLDS = {
     "laptop": """## On the laptop: clean
 
-No image is shared between the clients, the server's open images and the test set. The multimodal LLM and CLIP are
-stand-ins. They learned the ten classes from other CIFAR images.
+This is the short world of chapters 2 to 5. No image is shared between the clients, the server's open images and the
+test set. The multimodal LLM and CLIP are stand-ins. They learned the ten classes from other CIFAR images.
 
 """,
     "medium": """## In the larger world: not clean
@@ -113,18 +117,21 @@ These figures stand apart from ours. Their models, teachers, web images and budg
 NOT_RUN = """## Not run yet
 
 Here is what was not run, with its price. Hours are **estimates** for one H100 and three seeds. What several runs
-share is counted once. The hours are counted operations, divided by rates that no run has checked. The servers of
-CReFF and CLIP2FL are not counted. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs the methods of
-`notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
+share is counted once. We counted the operations, and divided them by the speed that we expect. No run has checked this
+speed. The servers of CReFF and CLIP2FL are not counted. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs the methods
+of `notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
 
 """
-SETTINGS = """## What the scales differ in
+SETTINGS = """## The worlds
+
+A world is a data set, its clients and the length of the runs. Compare rows of one world alone. "Reserved" images are a
+part of CIFAR-10 that no client holds, and CIFAR-100.
 
 """
 NOTE = """
-The first column is the paper's protocol, as far as it is known. Batches hold 32 images, the step size is 0.1, and
-ImageNet-LT has a ResNet-50. The rest is our reading: how the teachers are asked, which web images are used and how
-many, and the rounds on ImageNet-LT.
+The last column is the paper's protocol, as far as it is known. There, batches hold 32 images, and the step size is 0.1.
+The rest is our reading: how the teachers are asked, and which web images are used and how many.
+
 """
 
 
@@ -151,9 +158,16 @@ def page() -> str:
                 tables[scale].append(_results(scale, name, run))
             lacking.append((scale, name, [row.run for row in rows if not row.found], len(rows)))
     planned = [PLANNED, *(f"{line}\n" for line in primary.tables(RESULTS)), OLDER]
-    parts = [INTRODUCTION, *planned, *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of))]
+    parts = [
+        INTRODUCTION,
+        SETTINGS,
+        _protocols(),
+        NOTE,
+        *planned,
+        *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of)),
+    ]
     parts += [OTHERS, _reported(), NOT_RUN, _prices(lacking), "\nThis is what you would have to fetch:\n\n"]
-    parts += [_fetched(lacking), "\n", SETTINGS, _protocols(), NOTE]
+    parts += [_fetched(lacking)]
     return "".join(parts).rstrip() + "\n"
 
 
@@ -188,15 +202,16 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _protocols() -> str:
-    shown = {"paper": "paper/cifar10_lt_if100", "medium": "medium/cifar10_lt_if100", "medium, CIFAR-100-LT":
-             "medium/cifar100_lt_if100", "laptop": "laptop/cifar10_mini_lt_if100", "laptop, the five questions":
-             "laptop/cifar10_mini_lt_if10_long"}  # fmt: skip
+    shown = {"five questions, laptop": "laptop/cifar10_mini_lt_if10_long",
+             "five questions, medium": "medium/cifar10_lt_if100_clean", "older, laptop": "laptop/cifar10_mini_lt_if100",
+             "older, medium": "medium/cifar10_lt_if100", "paper": "paper/cifar10_lt_if100"}  # fmt: skip
     whole = RUNS / "methods" / "mllm_llava_fl.yaml"
     runs = [read_runs([RUNS / f"{benchmark}.yaml"], [whole])[0].experiment for benchmark in shown.values()]
     values = [{**asdict(run), **{f"federated.{k}": v for k, v in asdict(run.federated).items()}} for run in runs]
-    rows = [[words, *(str(of[key]) for of in values)] for key, words in PROTOCOL.items()]
+    rows = [[words, *(f"{of[key]:g}" if key == "imbalance_factor" else str(of[key]) for of in values)]
+            for key, words in PROTOCOL.items()]  # fmt: skip
     rows.append(
-        ["teacher of stage 3", *("the MLLM" if run.align.teacher == "mllm" else run.align.teacher for run in runs)]
+        ["teacher of stage 3", *(run.mllm if run.align.teacher == "mllm" else run.align.teacher for run in runs)]
     )
     rows.append(["stage 1", *(_stage_1(run.start) for run in runs)])
     return _table(["setting", *shown], rows)
