@@ -110,7 +110,7 @@ def total_hours(experiments: Sequence[Experiment], machine: str) -> float:
 def in_words(hours: float) -> str:
     """A duration with two digits: ``"50 s"``, ``"14 min"``, ``"4.2 h"``."""
     value, unit = (hours, "h") if hours >= 1.5 else (60 * hours, "min") if hours >= 0.025 else (3600 * hours, "s")
-    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 def describe_plan(runs: Sequence[Run], machine: str) -> Iterator[str]:
