@@ -288,9 +288,10 @@ def handover_figure():
         'stroke-dasharray="7 4" marker-end="url(#tip)"/>',
         text(560, 262, "gradients train g and P_s alone", 13, RUST),
         text(24, 300, "α = 0", 13, LARGE, "start", "600"),
-        *[box(78 + 80 * i, 288, 78, 14, colour, radius=0) for i, colour in enumerate(HANDOVER)],
+        *[box(78 + 16 * i, 288, 14, 14, colour, radius=0) for i, colour in enumerate(HANDOVER)],
+        box(78 + 16 * len(HANDOVER), 288, 638 - 16 * len(HANDOVER), 14, HANDOVER[-1], radius=0),
         text(800 - 24, 300, "α = 1", 13, SMALL, "end", "600"),
-        text(400, 326, "over the steps of training, the compact model replaces the vision encoder", 13, QUIET),
+        text(400, 326, "in the first fifth of the steps, the compact model replaces the vision encoder", 13, QUIET),
     ]
     save("03_handover.svg", 800, 344, "Dynamic Weighted Pretraining replaces the vision encoder", *parts)
 
@@ -301,10 +302,11 @@ def scarce_figure():
         server(36, 60, 1.1),
         lines(62, 136, ["pretrained on", "open pictures", "and words"], 13),
         small_model(130, 68, 1.1),
-        arrow(180, 90, 236, 90),
+        arrow(180, 90, 248, 130),
         text(120, 236, "or from random weights", 13, QUIET),
         small_model(100, 186, 0.8, "#9aa5b1"),
-        arrow(180, 204, 236, 204),
+        arrow(180, 204, 248, 158),
+        '<path d="M272 44 H260 V244 H272" stroke="#5b6670" stroke-width="2" fill="none"/>',
     ]
     for i, (name, share) in enumerate(rows):
         y = 46 + 72 * i
@@ -339,7 +341,7 @@ def alignment_figure():
         text(700, 100, "answers p", 14, INK),
         box(594, 140, 172, 40, "#ffffff", SMALL, 8),
         text(680, 165, "CE(y, p) + β · KL(q ‖ p)", 12.5, SMALL, weight="600"),
-        lines(680, 210, ["finetuned for", "a few epochs"], 12.5),
+        lines(680, 210, ["finetuned for", "some epochs"], 12.5),
     ]
     save("05_alignment.svg", 810, 264, "Global alignment on a balanced set that the teacher chose", *parts)
 

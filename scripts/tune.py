@@ -53,6 +53,10 @@ METHODS = {
     "fedavgm": ({"method": "fedavgm"}, TWO | {"method_options": [{"momentum": m} for m in (0.5, 0.7, 0.9)]}),
     "creff": ({"method": "creff"}, TWO | {"method_options": [{"head_lr": r} for r in (0.01, 0.03, 0.1)]}),
     "clip2fl": ({"method": "clip2fl"}, TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]}),
+    "clip2fl_imagenet": (  # where the stand-in CLIP saw the clients' images with labels
+        {"method": "clip2fl", "clip": "efficientnet_lite2"},
+        TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]},
+    ),
     "fednpc": ({"method": "fednpc"}, {"method_options": [{"steps": n} for n in (2, 4, 7, 10, 14, 27)]}),
     "feddf": ({"method": "feddf"}, TWO | {"method_options": [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]}),
     "stage3": ({"stages": [2, 3]}, STAGE_3),

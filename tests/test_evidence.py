@@ -7,7 +7,8 @@ import pytest
 import tune
 import yaml
 
-from mllmfl_lite.runs.files import read_runs
+from mllmfl_lite.runs.config import experiment_of
+from mllmfl_lite.runs.files import merge, read_runs, read_settings
 
 WORLD = {
     "dataset": "cifar10_mini", "imbalance_factor": 100, "num_clients": 10, "width": 4,
@@ -109,6 +110,17 @@ def test_every_method_has_six_trials_and_none_uses_a_test_image():
     train, held = ({image.tobytes() for image in part.images} for part in (federation.train, federation.test))
     test = {image.tobytes() for image in tune.load_clients_part(tune.experiment_of(WORLD)).images}
     assert held <= test and not held & train and len(held) == 1000
+
+
+def test_no_teacher_of_the_clean_world_of_full_cifar_saw_its_labels():
+    """The stand-ins learned with labels from most of CIFAR-10's training images: the queue may not ask them there."""
+    names = {name for place, methods, _ in evidence.QUEUE if place == evidence.MEDIUM for name in methods}
+    world = read_settings([evidence.RUNS / f"{evidence.MEDIUM}.yaml"])
+    for name in names:
+        of = experiment_of(merge(world, tune.METHODS[name][0]))
+        assert 3 not in of.stages or of.align.teacher == "imagenet", name
+        assert of.start.split("/")[:2] in ([""], ["results", "real"]), name
+        assert of.method != "clip2fl" or of.clip != "tiny_clip", name
 
 
 def test_committed_settings_are_the_best_of_committed_trials():

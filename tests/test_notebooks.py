@@ -104,8 +104,16 @@ def test_outputs_are_committed_complete_and_clean(name):
 @every_chapter
 def test_ignored_outputs_are_the_exception(name):
     tags = [tag for cell in code_cells(name) for tag in cell.metadata.get("tags", [])]
-    assert set(tags) <= {"parameters", "nbval-ignore-output", "hide-input"}
+    assert set(tags) <= {"parameters", "nbval-ignore-output", "hide-input", "remove-cell"}
     assert tags.count("nbval-ignore-output") <= len(code_cells(name)) / 3
+
+
+@every_chapter
+def test_a_cell_that_no_page_shows_only_checks(name):
+    """Its output would be lost, and a name that a later cell needs could not be found."""
+    for cell in code_cells(name):
+        if "remove-cell" in cell.metadata.get("tags", []):
+            assert "assert" in cell.source and not cell.outputs
 
 
 @every_chapter
