@@ -118,8 +118,9 @@ These figures stand apart from ours. Their models, teachers, web images and budg
 NOT_RUN = """## Not run yet
 
 Here is what was not run, with its price. "3 of 30" means that three of thirty methods have no run. The seeds that the
-protocol still lacks are not in this table; `make evidence LIST=1` lists them. Hours are **estimates** for one H100 and
-three seeds. What several runs share is counted once. We counted the operations, and divided them by the speed that we expect. No run has checked this
+protocol still lacks are not in this table; `make evidence` runs them. Hours are **estimates** for one H100 and
+three seeds. What several runs share is counted once. We counted the operations, and divided them by the speed that we
+expect. No run has checked this
 speed. The servers of CReFF and CLIP2FL are not counted. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs the methods
 of `notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
 
