@@ -188,7 +188,7 @@ def answer(name: str, asked: Primary | None, both: float = 0.0) -> str:
         return f"| {question} | {compared} | 0 | – | 1.000 | not run |"
     verdict = "not shown" if asked.p >= 0.05 else "yes" if asked.found.mean > 0 else "no: it costs points"
     if asked.p < 0.05 <= both:
-        verdict += f"; not over both series ({both:.2f})"
+        verdict = f"borderline (both series: {both:.2f})"
     return f"| {question} | {compared} | {len(asked.seeds)} | {asked.found.points} | {asked.chance} | {verdict} |"
 
 
