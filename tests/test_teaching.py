@@ -10,6 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from scipy import stats
 
 from mllmfl_lite.teaching import plotting
@@ -59,6 +60,9 @@ def test_plots_draw_what_they_are_given():
     seeds = [{"groups": {"head": h, "middle": 0.2, "tail": 0.1}} for h in (0.5, 0.7)]
     bars = plotting.group_accuracy_bars({"x": seeds}, "t").patches
     assert [bar.get_height() for bar in bars] == pytest.approx([60, 20, 10])
+    for given, lines in ((seeds, 3), (seeds[:1], 0)):  # one seed has no spread
+        ax = plotting.group_accuracy_bars({"x": given}, "t")
+        assert len([one for one in ax.containers if isinstance(one, ErrorbarContainer)]) == lines
     plotting.image_rows({"row": np.zeros((2, 4, 4, 3), np.uint8)}, "t")
     plt.close("all")
 
