@@ -46,10 +46,11 @@ PROTOCOL = {
 
 INTRODUCTION = """# Results
 
-**In short: a run with stage 3 is far ahead of the same run without it.** The tail gains, and the head pays. The
+**In short: a run with stage 3 is far ahead of the same run without it.** The tail gains, and FedAvg's head pays. The
 clients add one to four points to a server that trains long: on the laptop this is borderline, in the medium world it is
 shown. **No run of the paper's scale has been made, and none with a real LLaVA.** Trust the five questions most: they
-were fixed before any of their runs. [Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables.
+were fixed before any of their runs (not so the length of the laptop's second series).
+[Chapter 6](../notebooks/06_three_stages_together.ipynb) reads these tables.
 
 Here are all runs that were started from a settings file. Other tables stand in their chapters. First come the five
 questions, then older runs, then what others report, then what was not run, with its price.

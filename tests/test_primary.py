@@ -111,7 +111,7 @@ def test_the_first_page_says_what_the_files_say():
     assert f"they fall from {alone[0]} to {full[0]} %" in page
     larger = primary.read(primary.RESULTS / "medium/tuned/cifar10_lt_if100_clean")
     early = primary.difference(larger, "stage1", "fedavg")
-    assert "In some other settings, simple sentences helped" in page and early.low > 0
+    assert "In some short runs, simple sentences written by a program helped" in page and early.low > 0
     assert round(100 * np.mean([rows["fedavg"][seed]["summary"]["top1"] for seed in both])) == 30
     assert round(100 * np.mean([rows["mllm_llava_fl_100"][seed]["summary"]["top1"] for seed in both])) == 54
     assert "accuracy rises from 30 to 54 %" in page
