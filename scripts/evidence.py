@@ -32,7 +32,7 @@ ANCHORS = {  # references with the settings of another row, without trials of th
     "stage3_longer": "stage3", "server_only_ce_300": "server_only_ce_100", "stage3_ce_300": "stage3_ce_100",
 }  # fmt: skip
 SECOND = [f"{name}_100" for name in tune.AGAIN]  # the second round of results/PROTOCOL.md, and a control
-WITHOUT_SET = ["fedavg_strong", "balanced_softmax", "creff", "clip2fl_imagenet"]  # rivals at medium scale
+RIVALS_AT_MEDIUM = ["fedavg_strong", "balanced_softmax", "creff", "clip2fl_imagenet"]
 AT_MEDIUM = ["server_only_100", "stage3_100", "stage3_ce_100", "fedyoyo", "fedyoyo_stage3_100"]
 FROM_WORDS = ["stage1", "mllm_llava_fl_100", "fedyoyo_all_three_100"]  # weights of stage 1 have three seeds
 QUEUE = [  # benchmark, methods, seeds
@@ -46,7 +46,7 @@ QUEUE = [  # benchmark, methods, seeds
     (LAPTOP, [*OTHERS[1:5], "balanced_iid", "one_place"], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY], range(3, 5)),
     (LAPTOP, [*OTHERS[5:], "fedyoyo_all_three"], range(3)),
-    (MEDIUM, ["fedavg", *AT_MEDIUM, *FROM_WORDS, "server_only_ce_100", *WITHOUT_SET], range(3)),
+    (MEDIUM, ["fedavg", *AT_MEDIUM, *FROM_WORDS, "server_only_ce_100", *RIVALS_AT_MEDIUM], range(3)),
     (MEDIUM, ["fedavg", *AT_MEDIUM], range(3, 5)),
     (MEDIUM, OTHERS[5:], range(3)),
     (LAPTOP, ["fedavg", *PRIMARY, *OTHERS[1:]], [5, 6, 8, 9, 10]),  # the trials have seed 7

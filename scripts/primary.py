@@ -123,9 +123,9 @@ def primary(rows: dict[str, dict[int, dict]], questions: dict = QUESTIONS) -> di
 
 def over_both(rows: dict[str, dict[int, dict]]) -> dict[str, float]:
     """The p-values of the second series, with Holm's correction over both; a question without runs counts as 1."""
-    pairs = [pair for asked in (QUESTIONS, AGAIN) for _, *pair in asked.values()]
-    found = [difference(rows, *pair).p if len(shared_seeds(rows, *pair)) > 1 else 1.0 for pair in pairs]
-    return dict(zip(AGAIN, holm(found)[len(QUESTIONS) :], strict=True))
+    answered = [primary(rows, asked).get(name) for asked in (QUESTIONS, AGAIN) for name in asked]
+    adjusted = holm([one.found.p if one else 1.0 for one in answered])
+    return dict(zip(AGAIN, adjusted[len(QUESTIONS) :], strict=True))
 
 
 def tables(results: Path = RESULTS) -> Iterator[str]:

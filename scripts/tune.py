@@ -37,6 +37,7 @@ SEED = 7  # no result uses it
 RATES = {"federated": [{"lr": lr} for lr in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]}
 SOME = {"federated": [{"lr": lr} for lr in (0.05, 0.1, 0.3)]}
 TWO = {"federated": [{"lr": lr} for lr in (0.1, 0.3)]}
+DISTILL = TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]}
 STRONG = {"federated": [{**rate, "augment": "strong"} for rate in RATES["federated"]]}
 STAGE_3 = {"align": [{"lr": lr, "beta": beta} for lr in (0.02, 0.05, 0.1) for beta in (1.0, 4.0)]}
 CE_ALONE = {"align": [{"lr": lr, "beta": 0.0} for lr in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)]}
@@ -52,11 +53,9 @@ METHODS = {
     "fedprox": ({"method": "fedprox"}, TWO | {"method_options": [{"mu": mu} for mu in (0.001, 0.01, 0.1)]}),
     "fedavgm": ({"method": "fedavgm"}, TWO | {"method_options": [{"momentum": m} for m in (0.5, 0.7, 0.9)]}),
     "creff": ({"method": "creff"}, TWO | {"method_options": [{"head_lr": r} for r in (0.01, 0.03, 0.1)]}),
-    "clip2fl": ({"method": "clip2fl"}, TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]}),
-    "clip2fl_imagenet": (  # where the stand-in CLIP saw the clients' images with labels
-        {"method": "clip2fl", "clip": "efficientnet_lite2"},
-        TWO | {"method_options": [{"distill": d} for d in (0.3, 1.0, 3.0)]},
-    ),
+    "clip2fl": ({"method": "clip2fl"}, DISTILL),
+    # where the stand-in CLIP saw the clients' images with labels
+    "clip2fl_imagenet": ({"method": "clip2fl", "clip": "efficientnet_lite2"}, DISTILL),
     "fednpc": ({"method": "fednpc"}, {"method_options": [{"steps": n} for n in (2, 4, 7, 10, 14, 27)]}),
     "feddf": ({"method": "feddf"}, TWO | {"method_options": [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]}),
     "stage3": ({"stages": [2, 3]}, STAGE_3),

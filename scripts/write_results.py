@@ -31,13 +31,8 @@ BENCHMARKS = ("cifar10_lt_if100", "cifar10_lt_if50", "cifar10_lt_if10", "cifar10
 FIGURES = {"top1": "all classes", "few": "classes with few images"}
 ORDER = ("fedavg", "fedprox", "fedavgm", "creff", "clip2fl", "mllm_llava_fl", "mllm_llava_fl_ce", "stage1", "stage3",
          "stage3_ce")  # fmt: skip
-MAIN = {
-    *ORDER[:6],
-    "stage3",
-    "server_only",
-    "creff_stage3",
-    "clip2fl_stage3",
-}  # a benchmark's first rows; its other rows are behind a click
+# A benchmark's first rows; its other rows are behind a click.
+MAIN = {*ORDER[:6], "stage3", "server_only", "creff_stage3", "clip2fl_stage3"}
 PROTOCOL = {
     "dataset": "data", "imbalance_factor": "imbalance factor", "num_clients": "clients",
     "federated.clients_per_round": "clients in a round", "federated.rounds": "rounds",
@@ -128,11 +123,10 @@ These figures stand apart from ours. Their models, teachers, web images and budg
 NOT_RUN = """## Not run yet
 
 Here is what was not run, with its price. "3 of 30" means that three of thirty methods have no run. The seeds that the
-protocol still lacks are not in this table; `make evidence` runs them. Hours are **estimates** for one H100 and
-three seeds. What several runs share is counted once. We counted the operations, and divided them by the speed that we
-expect. No run has checked this
-speed. The servers of CReFF and CLIP2FL are not counted. `make sweep SCALE=paper RUN=cifar10_lt_if100` runs the methods
-of `notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
+protocol still lacks are not in this table; `make evidence` runs them. Hours are **estimates** for one H100 and three
+seeds. What several runs share is counted once. We counted the operations, and divided them by the speed that we expect.
+No run has checked this speed. The servers of CReFF and CLIP2FL are not counted. `make sweep SCALE=paper
+RUN=cifar10_lt_if100` runs the methods of `notebooks/runs/methods`. With `PLAN=1` it only says what it needs.
 
 """
 SETTINGS = """## The worlds
@@ -171,14 +165,8 @@ def page() -> str:
                 tables[scale].append(_results(scale, name, run))
             lacking.append((scale, name, [row.run for row in rows if not row.found], len(rows)))
     planned = [PLANNED, *(f"{line}\n" for line in primary.tables(RESULTS)), OLDER]
-    parts = [
-        INTRODUCTION,
-        SETTINGS,
-        _protocols(),
-        NOTE,
-        *planned,
-        *(part for scale, of in tables.items() if of for part in (WORLDS[scale], *of)),
-    ]
+    parts = [INTRODUCTION, SETTINGS, _protocols(), NOTE, *planned]
+    parts += [part for scale, of in tables.items() if of for part in (WORLDS[scale], *of)]
     parts += [OTHERS, _reported(), NOT_RUN, _prices(lacking), "\nThis is what you would have to fetch:\n\n"]
     parts += [_fetched(lacking)]
     return "".join(parts).rstrip() + "\n"
@@ -221,8 +209,8 @@ def _protocols() -> str:
     whole = RUNS / "methods" / "mllm_llava_fl.yaml"
     runs = [read_runs([RUNS / f"{benchmark}.yaml"], [whole])[0].experiment for benchmark in shown.values()]
     values = [{**asdict(run), **{f"federated.{k}": v for k, v in asdict(run.federated).items()}} for run in runs]
-    rows = [[words, *(f"{of[key]:g}" if key == "imbalance_factor" else str(of[key]) for of in values)]
-            for key, words in PROTOCOL.items()]  # fmt: skip
+    cells = {key: [f"{of[key]:g}" if isinstance(of[key], float) else str(of[key]) for of in values] for key in PROTOCOL}
+    rows = [[words, *cells[key]] for key, words in PROTOCOL.items()]
     teachers = (run.mllm if run.align.teacher == "mllm" else "an ImageNet network" for run in runs)
     rows.append(["teacher of stage 3", *(name.removeprefix("llava-hf/") for name in teachers)])
     rows.append(["epochs of stage 3", "20, then 100", "100", *(str(run.align.epochs) for run in runs[2:])])

@@ -87,7 +87,7 @@ def group_accuracy_bars(summaries: dict[str, list[dict]], title: str) -> Axes:
     positions = np.arange(len(summaries))
     for i, (group, colour) in enumerate(GROUP_COLOURS.items()):
         values = [100 * np.array([s["groups"][group] for s in seeds], float) for seeds in summaries.values()]
-        spread = [v.std(ddof=1) for v in values] if min(map(len, values)) > 1 else None
+        spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values] if max(map(len, values)) > 1 else None
         where = positions + 0.27 * (i - 1)
         bars = ax.bar(where, [v.mean() for v in values], 0.25, yerr=spread, color=colour, label=group, capsize=2)
         ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
